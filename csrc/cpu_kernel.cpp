@@ -1,0 +1,176 @@
+// The CPU kernels of one instruction set: compiled once for each line of the ISA table in
+// CMakeLists.txt, with FUSEDOPT_ISA and that set's flags. Everything but the table has internal
+// linkage, and nothing here has a static initialiser: otherwise the linker could keep this file's
+// copy of a shared inline function, and a machine without the instruction set would run it.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "engine.h"
+
+#define FUSEDOPT_FN [[gnu::always_inline]] inline
+
+namespace fusedopt {
+namespace FUSEDOPT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#include "codec.h"
+#include "rules.h"
+#include "vec.h"
+
+// ---- one rule over arrays in compute precision --------------------------------------------------
+
+template <class T, class Rule>
+FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, T* const* streams, int64_t n) {
+  using V = Vec<T>;
+  // The tail is the same text on a partial vector.
+  const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
+    V p = load(streams[kParam]);
+    V g = load(streams[kGrad]) * grad_scale;
+    V state[kMaxStates];
+    for (int s = 0; s < Rule::kStates; ++s) state[s] = load(streams[kFirstState + s]);
+    rule(p, g, state);
+    store(p, streams[kParam]);
+    for (int s = 0; s < Rule::kStates; ++s) store(state[s], streams[kFirstState + s]);
+  };
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    step([i](const T* x) { return V::load(x + i); }, [i](V v, T* x) { v.store(x + i); });
+  }
+  if (i < n) {
+    step([i, n](const T* x) { return V::load_partial(x + i, n - i); },
+         [i, n](V v, T* x) { v.store_partial(x + i, n - i); });
+  }
+}
+
+// ---- streams as they are stored -----------------------------------------------------------------
+
+// Small enough that five scratch tiles stay in the first-level cache.
+constexpr int64_t kTile = 256;
+
+template <class T>
+constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
+
+template <class T>
+void decode_tile(Stream from, int64_t first, T* to, int64_t n) {
+  const char* data = from.data + first * kItemSize[static_cast<int>(from.dtype)];
+  switch (from.dtype) {
+    case DType::f32: return decode_all<float>(data, to, n);
+    case DType::f64: return decode_all<double>(data, to, n);
+    case DType::bf16: return decode_all<BFloat16>(data, to, n);
+    case DType::f16: return decode_all<Float16>(data, to, n);
+  }
+}
+
+template <class T>
+void encode_tile(const T* from, Stream to, int64_t first, int64_t n) {
+  char* data = to.data + first * kItemSize[static_cast<int>(to.dtype)];
+  switch (to.dtype) {
+    case DType::f32: return encode_all<float>(from, data, n);
+    case DType::f64: return encode_all<double>(from, data, n);
+    case DType::bf16: return encode_all<BFloat16>(from, data, n);
+    case DType::f16: return encode_all<Float16>(from, data, n);
+  }
+}
+
+template <class T, class Rule>
+Rule fold(const double* scalars) {
+  T rounded[sizeof(Rule) / sizeof(T)];
+  for (T& scalar : rounded) scalar = static_cast<T>(*scalars++);
+  Rule rule;
+  std::memcpy(&rule, rounded, sizeof(rule));
+  return rule;
+}
+
+// A stream that is stored in compute precision is used in place; any other goes through a tile of
+// scratch.
+template <class T, class Rule>
+void update(const double* scalars, double grad_scale, const Stream* streams, int64_t first,
+            int64_t count) {
+  constexpr int kStreams = kFirstState + Rule::kStates;
+  const Rule rule = fold<T, Rule>(scalars);
+  T* arrays[kStreams];
+  T scratch[kStreams][kTile];
+  bool in_place = true;
+  for (int s = 0; s < kStreams; ++s) in_place &= streams[s].dtype == kComputeType<T>;
+  const int64_t tile = in_place ? count : kTile;
+  for (const int64_t end = first + count; first < end; first += tile) {
+    const int64_t n = end - first < tile ? end - first : tile;
+    for (int s = 0; s < kStreams; ++s) {
+      if (streams[s].dtype == kComputeType<T>) {
+        arrays[s] = reinterpret_cast<T*>(streams[s].data) + first;
+      } else {
+        decode_tile(streams[s], first, arrays[s] = scratch[s], n);
+      }
+    }
+    apply<T>(rule, static_cast<T>(grad_scale), arrays, n);
+    for (int s = 0; s < kStreams; ++s) {
+      if (s != kGrad && arrays[s] == scratch[s]) encode_tile(scratch[s], streams[s], first, n);
+    }
+  }
+}
+
+// ---- the table: every rule with every combination of its flags ----------------------------------
+
+template <template <class, bool...> class Family, class Flags>
+struct Variant;
+template <template <class, bool...> class Family, size_t... kFlag>
+struct Variant<Family, std::index_sequence<kFlag...>> {
+  template <size_t kBits>
+  static constexpr Rule rule(const char* name) {
+    using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
+    using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
+    constexpr int kScalars = sizeof(F32) / sizeof(float);
+    static_assert(F32::kStates <= kMaxStates && kScalars <= kMaxScalars, "raise the limits");
+    return {name, kBits, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
+  }
+};
+
+struct Table {
+  Rule rules[64];
+  int count;
+
+  template <template <class, bool...> class Family, class Flags, size_t... kBits>
+  constexpr void add(const char* name, std::index_sequence<kBits...>) {
+    ((rules[count++] = Variant<Family, Flags>::template rule<kBits>(name)), ...);
+  }
+};
+
+constexpr Table make_table() {
+  Table table{};
+#define FUSEDOPT_ADD(name, Family, flags)                          \
+  table.add<Family, std::make_index_sequence<flags>>(name, std::make_index_sequence<1 << flags>());
+  FUSEDOPT_RULES(FUSEDOPT_ADD)
+#undef FUSEDOPT_ADD
+  return table;
+}
+
+constexpr Table kTable = make_table();
+
+#define FUSEDOPT_STRING(x) #x
+#define FUSEDOPT_NAME(isa) FUSEDOPT_STRING(isa)
+
+}  // namespace
+
+extern const Kernels kKernels;
+constexpr Kernels kKernels = {FUSEDOPT_NAME(FUSEDOPT_ISA), kVectorBytes, kTable.rules,
+                              kTable.count};
+
+}  // namespace FUSEDOPT_ISA
+}  // namespace fusedopt

@@ -1,0 +1,16 @@
+// The list of rules. Each is an aggregate of scalars of type T, in the order that the optimizer's
+// _scalars() in Python returns them, and is applied as rule(p, g, state): p, g and the kStates
+// states are lanes in compute precision. Included inside a back end's namespace.
+
+#include "rules/adam.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
+
+// X(name, Rule, number of bool flags)
+#define FUSEDOPT_RULES(X)        \
+  X("sgd", Sgd, 1)               \
+  X("sgd_momentum", SgdMomentum, 2) \
+  X("adam", Adam, 2)             \
+  X("rmsprop", RmsProp, 3)       \
+  X("lion", Lion, 0)

@@ -1,0 +1,220 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fusedopt {
+
+// ---- the DLPack structs that are needed (dlpack.h, version 1) ------------------------------------
+
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+static_assert(sizeof(DLTensor) == 48 && offsetof(DLTensor, shape) == 24, "DLPack 1.x layout");
+
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  DLPackExchangeAPI* previous;
+  void *allocate, *managed_from_py_object, *managed_to_py_object;
+  int (*from_py_object)(void* object, DLTensor* out);  // borrows; valid while the object lives
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
+};
+static_assert(sizeof(DLPackExchangeAPI) == 56, "DLPack 1.x layout");
+
+enum { kDLCPU = 1, kDLCUDAHost = 3 };
+enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
+
+TensorReader::TensorReader(bool fast) {
+  const auto torch = py::module_::import("torch");
+  tensor_ = torch.attr("Tensor");
+  parameter_ = torch.attr("nn").attr("Parameter");
+  if (!fast || !py::hasattr(tensor_, "__dlpack_c_exchange_api__")) return;
+  const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
+  auto* api = static_cast<DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->major != 1) api = api->previous;
+  if (api) from_py_object_ = api->from_py_object;
+}
+
+static PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
+  PyTypeObject* type = Py_TYPE(object);
+  py::object local;
+  if (reinterpret_cast<PyObject*>(type) != tensor_.ptr() &&
+      reinterpret_cast<PyObject*>(type) != parameter_.ptr()) {
+    if (!PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) return false;
+    static PyObject* const local_tensor = interned("_local_tensor");
+    local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
+    if (local) {
+      held->push_back(local);
+      return read_dltensor(local.ptr(), tensor, held);
+    }
+    PyErr_Clear();
+  }
+  if (!from_py_object_) return read_attributes(object, tensor, held);
+  if (from_py_object_(object, tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// The same through Python, several times slower.
+bool TensorReader::read_attributes(PyObject* object, DLTensor* tensor, Held* held) const try {
+  const auto self = py::reinterpret_borrow<py::object>(object);
+  const auto dtype = py::cast<std::string>(py::str(self.attr("dtype")));
+  *tensor = {};
+  tensor->type_lanes = 1;
+  tensor->type_code = dtype == "torch.bfloat16" ? kDLBfloat
+                      : dtype == "torch.int64"  ? kDLInt
+                                                : kDLFloat;
+  tensor->type_bits = static_cast<uint8_t>(py::cast<int>(self.attr("element_size")()) * 8);
+  const bool known = dtype == "torch.float32" || dtype == "torch.float64" ||
+                     dtype == "torch.float16" || dtype == "torch.bfloat16" ||
+                     dtype == "torch.int64";
+  if (!known || py::cast<std::string>(self.attr("layout").attr("__str__")()) != "torch.strided" ||
+      py::cast<std::string>(self.attr("device").attr("type")) != "cpu") {
+    return false;
+  }
+  tensor->device_type = kDLCPU;
+  tensor->data = reinterpret_cast<void*>(py::cast<uintptr_t>(self.attr("data_ptr")()));
+  const auto shape = py::cast<py::tuple>(self.attr("shape"));
+  const auto strides = py::cast<py::tuple>(self.attr("stride")());
+  tensor->ndim = static_cast<int32_t>(shape.size());
+  py::bytes buffer(std::string(2 * sizeof(int64_t) * shape.size() + 1, 0));
+  held->push_back(buffer);
+  tensor->shape = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(buffer.ptr()));
+  tensor->strides = tensor->shape + shape.size();
+  for (size_t d = 0; d < shape.size(); ++d) {
+    tensor->shape[d] = py::cast<int64_t>(shape[d]);
+    tensor->strides[d] = py::cast<int64_t>(strides[d]);
+  }
+  return true;
+} catch (const py::error_already_set&) {
+  return false;
+}
+
+static char* data_of(const DLTensor& tensor) {
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
+}
+
+static bool on_cpu(const DLTensor& tensor) {
+  return tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
+}
+
+static bool numel_of(const DLTensor& tensor, int64_t* numel) {
+  *numel = 1;
+  for (int d = 0; d < tensor.ndim; ++d) *numel *= tensor.shape[d];
+  return *numel == 0 || tensor.data != nullptr;  // no memory: a fake tensor, a wrapper
+}
+
+bool TensorReader::read(PyObject* object, View* view, Held* held) const {
+  DLTensor tensor;
+  if (!read_dltensor(object, &tensor, held)) return false;
+  if (!on_cpu(tensor) || tensor.type_lanes != 1) return false;
+  const int bits = tensor.type_bits;
+  if (tensor.type_code == kDLFloat && (bits == 16 || bits == 32 || bits == 64)) {
+    view->dtype = bits == 32 ? DType::f32 : bits == 64 ? DType::f64 : DType::f16;
+  } else if (tensor.type_code == kDLBfloat && bits == 16) {
+    view->dtype = DType::bf16;
+  } else {
+    return false;
+  }
+  view->data = data_of(tensor);
+  view->ndim = tensor.ndim;
+  view->shape = tensor.shape;
+  view->strides = tensor.strides;
+  return numel_of(tensor, &view->numel);
+}
+
+bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
+  DLTensor tensor;
+  int64_t numel;
+  if (!read_dltensor(object, &tensor, held) || !on_cpu(tensor)) return false;
+  if (!numel_of(tensor, &numel) || numel != 1) return false;
+  count->data = data_of(tensor);
+  if (tensor.type_code == kDLFloat && tensor.type_bits == 32) {
+    count->type = Count::f32;
+  } else if (tensor.type_code == kDLFloat && tensor.type_bits == 64) {
+    count->type = Count::f64;
+  } else if (tensor.type_code == kDLInt && tensor.type_bits == 64) {
+    count->type = Count::i64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// ---- layouts ------------------------------------------------------------------------------------
+
+bool overlaps_itself(const View& view) {
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.strides[d] == 0 && view.shape[d] > 1 && view.numel > 0) return true;
+  }
+  return false;
+}
+
+static bool contiguous(const View& view) {
+  int64_t expected = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.strides[d] != expected && view.shape[d] != 1) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+Layout common_layout(const View* views, int count) {
+  const View& param = views[0];
+  if (param.numel == 0) return {};
+  if (std::all_of(views, views + count, contiguous)) return {};
+
+  Layout dims;
+  for (int d = param.ndim - 1; d >= 0; --d) {
+    if (param.shape[d] == 1) continue;
+    Dim dim{param.shape[d], {}};
+    for (int s = 0; s < count; ++s) dim.stride[s] = views[s].strides[d];
+    dims.push_back(dim);
+  }
+  // The parameter's own order in memory, so that its elements are visited consecutively.
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+    return a.stride[kParam] < b.stride[kParam];
+  });
+  // Two dimensions that every stream walks as one become one.
+  Layout merged;
+  for (const Dim& dim : dims) {
+    const bool joins = !merged.empty() && [&] {
+      const Dim& inner = merged.back();
+      for (int s = 0; s < count; ++s) {
+        if (dim.stride[s] != inner.stride[s] * inner.size) return false;
+      }
+      return true;
+    }();
+    if (joins) {
+      merged.back().size *= dim.size;
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  const auto unit = [&](const Dim& dim) {
+    return std::all_of(dim.stride, dim.stride + count, [](int64_t stride) { return stride == 1; });
+  };
+  if (merged.empty() || (merged.size() == 1 && unit(merged[0]))) return {};
+  return merged;
+}
+
+std::string shape_text(const View& view) {
+  std::string text = "(";
+  for (int d = 0; d < view.ndim; ++d) {
+    text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  }
+  return text + (view.ndim == 1 ? ",)" : ")");
+}
+
+}  // namespace fusedopt

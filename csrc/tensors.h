@@ -1,0 +1,68 @@
+// Torch tensors as the engine sees them, without linking torch: through the DLPack C exchange API
+// that torch.Tensor publishes, or through Python attributes where it is absent.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+struct DLTensor;
+
+// References to the Python objects whose memory is in use.
+using Held = std::vector<py::object>;
+
+// A strided CPU tensor of a supported dtype. `shape` and `strides` live as long as the tensor.
+struct View {
+  char* data = nullptr;
+  int64_t numel = 0;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;
+  DType dtype = DType::f32;
+};
+
+class TensorReader {
+ public:
+  explicit TensorReader(bool fast);  // fast: use the exchange API if torch has it
+  bool fast() const { return from_py_object_ != nullptr; }
+
+  // False, with no Python error set, for anything but a strided CPU tensor of a supported dtype.
+  // A DTensor is read as its local shard.
+  bool read(PyObject* object, View* view, Held* held) const;
+
+  // A CPU tensor's single element, of any real dtype that counts steps: a pointer and its type.
+  struct Count {
+    enum { f32, f64, i64 } type;
+    void* data;
+  };
+  bool read_count(PyObject* object, Count* count, Held* held) const;
+
+ private:
+  bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
+  bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
+
+  py::object tensor_, parameter_;  // the two types that are never a DTensor
+  int (*from_py_object_)(void*, DLTensor*) = nullptr;
+};
+
+inline bool same_shape(const View& a, const View& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+// Whether two elements of the view are certain to share one memory location.
+bool overlaps_itself(const View& view);
+
+// How to walk streams of one shape together; empty if each is one array in the same order.
+Layout common_layout(const View* views, int count);
+
+std::string shape_text(const View& view);
+
+}  // namespace fusedopt

@@ -1,0 +1,71 @@
+// Vec<T>: the lanes of one register of the instruction set this file is compiled for, as GCC and
+// Clang vector extensions. Every operation is one that IEEE 754 rounds correctly, so all
+// instruction sets give the same bits. Included inside the ISA's namespace; kVectorBytes is set
+// there.
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  typedef T Lanes __attribute__((vector_size(kVectorBytes)));
+  Lanes lanes;
+
+  static Vec load(const T* from) {
+    Vec x;
+    std::memcpy(&x.lanes, from, sizeof(x.lanes));
+    return x;
+  }
+  void store(T* to) const { std::memcpy(to, &lanes, sizeof(lanes)); }
+
+  // The first n lanes, 0 < n < kLanes; memory after them is not touched.
+  static Vec load_partial(const T* from, int64_t n) {
+    Vec x{};
+    std::memcpy(&x.lanes, from, static_cast<size_t>(n) * sizeof(T));
+    return x;
+  }
+  void store_partial(T* to, int64_t n) const {
+    std::memcpy(to, &lanes, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.lanes * b.lanes}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.lanes / b.lanes}; }
+  friend Vec operator+(Vec a, T b) { return {a.lanes + b}; }
+  friend Vec operator*(Vec a, T b) { return {a.lanes * b}; }
+};
+
+// Torch's maximum: a NaN in either argument is the result.
+template <class T>
+Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {(a.lanes > b.lanes) | (a.lanes != a.lanes) ? a.lanes : b.lanes};
+}
+
+// Torch's sign: 0 for zeros of either sign and for NaN.
+template <class T>
+Vec<T> sign(Vec<T> x) {
+  const Vec<T> zero{};
+  const Vec<T> one = zero + T(1);
+  return {x.lanes > 0 ? one.lanes : (x.lanes < 0 ? -one.lanes : zero.lanes)};
+}
+
+// One intrinsic an instruction set: compilers do not reliably vectorize a loop of sqrt over lanes.
+#if defined(__AVX512F__)
+// (The forms without a mask warn of an uninitialized variable inside GCC 12's own header.)
+inline Vec<float> sqrt(Vec<float> x) { return {_mm512_maskz_sqrt_ps(0xffff, x.lanes)}; }
+inline Vec<double> sqrt(Vec<double> x) { return {_mm512_maskz_sqrt_pd(0xff, x.lanes)}; }
+#elif defined(__AVX2__)
+inline Vec<float> sqrt(Vec<float> x) { return {_mm256_sqrt_ps(x.lanes)}; }
+inline Vec<double> sqrt(Vec<double> x) { return {_mm256_sqrt_pd(x.lanes)}; }
+#elif defined(__SSE2__)
+inline Vec<float> sqrt(Vec<float> x) { return {_mm_sqrt_ps(x.lanes)}; }
+inline Vec<double> sqrt(Vec<double> x) { return {_mm_sqrt_pd(x.lanes)}; }
+#elif defined(__aarch64__)
+inline Vec<float> sqrt(Vec<float> x) { return {vsqrtq_f32(x.lanes)}; }
+inline Vec<double> sqrt(Vec<double> x) { return {vsqrtq_f64(x.lanes)}; }
+#else
+template <class T>
+Vec<T> sqrt(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::kLanes; ++i) x.lanes[i] = std::sqrt(x.lanes[i]);
+  return x;
+}
+#endif

@@ -1,0 +1,101 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fusedopt._base import Fused, Rule
+
+
+class Adam(Fused, torch.optim.Adam):
+    r"""Fused `torch.optim.Adam`: same arguments, state, errors and checkpoints.
+
+    .. math::
+        g &\leftarrow g + \lambda p \quad \text{(or, decoupled: } p \leftarrow p - \gamma \lambda p
+        \text{)} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g^2 \\
+        p &\leftarrow p - \frac{\gamma}{1 - \beta_1^t} \, m_t \Big/
+        \left( \frac{\sqrt{v_t}}{\sqrt{1 - \beta_2^t}} + \epsilon \right)
+
+    with lr :math:`\gamma`, betas :math:`\beta`, eps :math:`\epsilon` and weight decay
+    :math:`\lambda`; ``amsgrad=True`` divides by the largest :math:`v` so far. Gradients are negated
+    first with ``maximize=True``. State: ``step`` :math:`t` (0-dim float32, CPU), ``exp_avg``
+    :math:`m`, ``exp_avg_sq`` :math:`v` and, with amsgrad, ``max_exp_avg_sq``, of the parameter's
+    shape, dtype and strides.
+
+    Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
+    float64). Source: Kingma & Ba 2014, arXiv:1412.6980; Reddi et al. 2018, arXiv:1904.09237.
+    """
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
+        amsgrad = bool(group["amsgrad"])
+        states = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
+        return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
+
+    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+        lr = float(group["lr"])
+        weight_decay = float(group["weight_decay"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        return {
+            "weight_decay": weight_decay,
+            "decay": 1 - lr * weight_decay if group["decoupled_weight_decay"] else 1.0,
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "inv_sqrt_bias2": 1 / math.sqrt(1 - beta2**t),
+            "eps": float(group["eps"]),
+            "step_size": lr / (1 - beta1**t),
+        }
+
+    @staticmethod
+    def reference(  # noqa: D102  (the class docstring has the formula)
+        p: Any,
+        g: Any,
+        m: Any,
+        v: Any,
+        v_max: Any = None,
+        *,
+        weight_decay: float,
+        decay: float,
+        beta1: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        inv_sqrt_bias2: float,
+        eps: float,
+        step_size: float,
+        flags: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        coupled, amsgrad = flags
+        if coupled:
+            g = g + p * weight_decay
+        else:
+            p = p * decay
+        m = m * beta1 + g * one_minus_beta1
+        v = v * beta2 + (g * g) * one_minus_beta2
+        second = v
+        if amsgrad:
+            second = v_max = _maximum(v_max, v)
+        p = p - m * step_size / (second**0.5 * inv_sqrt_bias2 + eps)
+        return (p, m, v, v_max) if amsgrad else (p, m, v)
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """Fused `torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 by default.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1711.05101. Formula, state, dtypes: see `Adam`.
+    """
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    """Return the elementwise maximum, NaN where either is."""
+    larger = a * 1
+    take = (b > a) | (b != b)  # noqa: PLR0124  (true for NaN alone)
+    larger[take] = b[take]
+    return larger

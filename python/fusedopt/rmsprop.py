@@ -1,0 +1,81 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedopt._base import Fused, Rule
+
+
+class RMSprop(Fused, torch.optim.RMSprop):
+    r"""Fused `torch.optim.RMSprop`: same arguments, state, errors and checkpoints.
+
+    .. math::
+        g &\leftarrow g + \lambda p \\
+        v_t &= \alpha v_{t-1} + (1 - \alpha) g^2 \\
+        a_t &= \alpha a_{t-1} + (1 - \alpha) g \quad \text{(centered)} \\
+        u &= g / (\sqrt{v_t - a_t^2} + \epsilon) \\
+        b_t &= \mu b_{t-1} + u \quad \text{(with momentum, else } b_t = u \text{)} \\
+        p &\leftarrow p - \gamma b_t
+
+    with lr :math:`\gamma`, alpha :math:`\alpha`, eps :math:`\epsilon`, momentum :math:`\mu` and
+    weight decay :math:`\lambda`; :math:`a = 0` unless ``centered=True``. Gradients are negated
+    first with ``maximize=True``. State: ``step`` (0-dim float32, CPU), ``square_avg`` :math:`v`,
+    ``grad_avg`` :math:`a` if centered, ``momentum_buffer`` :math:`b` with momentum, of the
+    parameter's shape, dtype and strides.
+
+    Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
+    float64). Source: Hinton 2012, lecture 6e; centered: Graves 2013, arXiv:1308.0850.
+    """
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        decay = bool(group["weight_decay"] != 0)
+        centered = bool(group["centered"])
+        momentum = bool(group["momentum"] > 0)
+        states = ("square_avg",)
+        states += ("grad_avg",) if centered else ()
+        states += ("momentum_buffer",) if momentum else ()
+        return Rule("rmsprop", (decay, centered, momentum), states, counts_steps=True)
+
+    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+        alpha = float(group["alpha"])
+        return {
+            "weight_decay": float(group["weight_decay"]),
+            "alpha": alpha,
+            "one_minus_alpha": 1 - alpha,
+            "eps": float(group["eps"]),
+            "momentum": float(group["momentum"]),
+            "lr": float(group["lr"]),
+        }
+
+    @staticmethod
+    def reference(  # noqa: D102  (the class docstring has the formula)
+        p: Any,
+        g: Any,
+        v: Any,
+        *others: Any,
+        weight_decay: float,
+        alpha: float,
+        one_minus_alpha: float,
+        eps: float,
+        momentum: float,
+        lr: float,
+        flags: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        decay, centered, has_momentum = flags
+        if decay:
+            g = g + p * weight_decay
+        v = v * alpha + (g * g) * one_minus_alpha
+        states = (v,)
+        variance = v
+        if centered:
+            mean = others[0] * alpha + g * one_minus_alpha
+            variance = v - mean * mean
+            states += (mean,)
+        update = g / (variance**0.5 + eps)
+        if has_momentum:
+            update = others[-1] * momentum + update
+            states += (update,)
+        return p - update * lr, *states
