@@ -34,10 +34,10 @@ constexpr int kVectorBytes = 16;
 #include "rules.h"
 #include "vec.h"
 
-// ---- one rule over arrays in compute precision --------------------------------------------------
+// ---- one rule over arrays that Vec<T> can load ---------------------------------------------------
 
-template <class T, class Rule>
-FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, T* const* streams, int64_t n) {
+template <class T, class Stored, class Rule>
+FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n) {
   using V = Vec<T>;
   // The tail is the same text on a partial vector.
   const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
@@ -51,11 +51,11 @@ FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, T* const* streams, int64_
   };
   int64_t i = 0;
   for (; i + V::kLanes <= n; i += V::kLanes) {
-    step([i](const T* x) { return V::load(x + i); }, [i](V v, T* x) { v.store(x + i); });
+    step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
   }
   if (i < n) {
-    step([i, n](const T* x) { return V::load_partial(x + i, n - i); },
-         [i, n](V v, T* x) { v.store_partial(x + i, n - i); });
+    step([i, n](const Stored* x) { return V::load_partial(x + i, n - i); },
+         [i, n](V v, Stored* x) { v.store_partial(x + i, n - i); });
   }
 }
 
@@ -98,32 +98,52 @@ Rule fold(const double* scalars) {
   return rule;
 }
 
-// A stream that is stored in compute precision is used in place; any other goes through a tile of
-// scratch.
+template <class Stored, class T, class Rule>
+void update_in_place(const Rule& rule, T grad_scale, const Stream* streams, int64_t first,
+                     int64_t count) {
+  Stored* arrays[kFirstState + Rule::kStates];
+  for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
+    arrays[s] = reinterpret_cast<Stored*>(streams[s].data) + first;
+  }
+  apply<T>(rule, grad_scale, arrays, count);
+}
+
+// Any mixture of dtypes: each stream goes through a tile of scratch in compute precision.
+template <class T, class Rule>
+void update_in_tiles(const Rule& rule, T grad_scale, const Stream* streams, int64_t first,
+                     int64_t count) {
+  constexpr int kStreams = kFirstState + Rule::kStates;
+  T scratch[kStreams][kTile];
+  T* arrays[kStreams];
+  for (int s = 0; s < kStreams; ++s) arrays[s] = scratch[s];
+  for (const int64_t end = first + count; first < end; first += kTile) {
+    const int64_t n = end - first < kTile ? end - first : kTile;
+    for (int s = 0; s < kStreams; ++s) decode_tile(streams[s], first, scratch[s], n);
+    apply<T>(rule, grad_scale, arrays, n);
+    for (int s = 0; s < kStreams; ++s) {
+      if (s != kGrad) encode_tile(scratch[s], streams[s], first, n);
+    }
+  }
+}
+
 template <class T, class Rule>
 void update(const double* scalars, double grad_scale, const Stream* streams, int64_t first,
             int64_t count) {
-  constexpr int kStreams = kFirstState + Rule::kStates;
   const Rule rule = fold<T, Rule>(scalars);
-  T* arrays[kStreams];
-  T scratch[kStreams][kTile];
-  bool in_place = true;
-  for (int s = 0; s < kStreams; ++s) in_place &= streams[s].dtype == kComputeType<T>;
-  const int64_t tile = in_place ? count : kTile;
-  for (const int64_t end = first + count; first < end; first += tile) {
-    const int64_t n = end - first < tile ? end - first : tile;
-    for (int s = 0; s < kStreams; ++s) {
-      if (streams[s].dtype == kComputeType<T>) {
-        arrays[s] = reinterpret_cast<T*>(streams[s].data) + first;
-      } else {
-        decode_tile(streams[s], first, arrays[s] = scratch[s], n);
-      }
+  const T scale = static_cast<T>(grad_scale);
+  const auto all_are = [streams](DType dtype) {
+    for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
+      if (streams[s].dtype != dtype) return false;
     }
-    apply<T>(rule, static_cast<T>(grad_scale), arrays, n);
-    for (int s = 0; s < kStreams; ++s) {
-      if (s != kGrad && arrays[s] == scratch[s]) encode_tile(scratch[s], streams[s], first, n);
+    return true;
+  };
+  if (all_are(kComputeType<T>)) return update_in_place<T>(rule, scale, streams, first, count);
+  if constexpr (std::is_same_v<T, float>) {  // GAIN
+    if (all_are(DType::bf16)) {
+      return update_in_place<BFloat16>(rule, scale, streams, first, count);
     }
   }
+  update_in_tiles(rule, scale, streams, first, count);
 }
 
 // ---- the table: every rule with every combination of its flags ----------------------------------

@@ -36,60 +36,66 @@ struct Group {
   py::object scalars, create_state;
 };
 
-// One parameter that has a gradient and a kernel.
+// One parameter that has a gradient and a kernel. The objects live in the group and in `held_`.
 struct Entry {
   const Group* group;
   Py_ssize_t index;
-  PyObject* param;
-  PyObject* state = nullptr;  // its dict; null while it has none
-  View views[kMaxStreams];
-  bool complete = true;  // every state tensor exists
-  double t = 1;          // the number of this step
-  PyObject* step = nullptr;
-  TensorReader::Count count;  // where step is a tensor
-  bool step_is_number = false;
-  const double* scalars = nullptr;
+  PyObject *param, *grad;
+  PyObject* state = nullptr;      // its dict; null while it has none
+  PyObject* step = nullptr;       // state["step"]; null while there is none
+  TensorReader::Count count = {};  // its memory; null where it is a plain number
+  double t = 1;                   // the number of this step
 };
 
 class StepPlan {
  public:
   StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-           const py::sequence& groups)
-      : reader_(reader), state_(state) {
-    size_t count = 0;
-    for (const py::handle group : groups) {
-      groups_.emplace_back(kernels, group);
-      count += groups_.back().params.size();
-    }
-    entries_.reserve(count);
-    held_.reserve(count * kMaxStreams);
-  }
+           const py::sequence& groups);
 
+  // The parts of a step, in order: whatever can fail comes before whatever changes something.
   void collect();
   void fold_scalars();
   void bump_versions() const;
   void create_missing_states();
   void advance_step_counts();
-  std::vector<Job> jobs();
 
+  const std::vector<Job>& jobs() const { return jobs_; }
   py::list unsupported;  // [(group index, parameter), ...]
 
  private:
   void collect(const Group& group, int group_index, Py_ssize_t index);
-  void read_states(Entry& entry);
+  bool read_states(Entry& entry, View* views);
   void read_step(Entry& entry);
+  PyObject* find_state(PyObject* param);
+  Job make_job(const Entry& entry, const View* views);
   std::string name(const Entry& entry, const std::string& what) const;
 
   const TensorReader& reader_;
   const py::dict& state_;
+  Py_ssize_t state_cursor_ = 0;
   std::deque<Group> groups_;
   std::vector<Entry> entries_;
+  std::vector<Job> jobs_;           // one an entry
+  std::vector<size_t> incomplete_;  // entries that lack some state
   Held held_;
   std::deque<std::vector<double>> scalars_;
   std::deque<Layout> layouts_;
 };
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// What an object is, for a message.
+std::string type_text(PyObject* object) {
+  const auto self = py::reinterpret_borrow<py::object>(object);
+  const auto text = [&](const char* attribute) {
+    return py::cast<std::string>(py::str(self.attr(attribute)));
+  };
+  if (!py::hasattr(self, "layout") || !py::hasattr(self, "device")) {
+    return py::cast<std::string>(py::repr(self));
+  }
+  return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
+         text("device");
+}
 
 // ---- messages -----------------------------------------------------------------------------------
 
@@ -110,6 +116,19 @@ std::string StepPlan::name(const Entry& entry, const std::string& what) const {
 
 // ---- gathering and validation -------------------------------------------------------------------
 
+StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
+                   const py::sequence& groups)
+    : reader_(reader), state_(state) {
+  size_t count = 0;
+  for (const py::handle group : groups) {
+    groups_.emplace_back(kernels, group);
+    count += groups_.back().params.size();
+  }
+  entries_.reserve(count);
+  jobs_.reserve(count);
+  held_.reserve(count * (kMaxStreams + 1));
+}
+
 void StepPlan::collect() {
   for (size_t g = 0; g < groups_.size(); ++g) {
     const auto count = static_cast<Py_ssize_t>(groups_[g].params.size());
@@ -118,20 +137,17 @@ void StepPlan::collect() {
 }
 
 void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
-  static PyObject* const grad_name = interned("grad");
-  Entry entry;
-  entry.group = &group;
-  entry.index = index;
-  entry.param = PyList_GET_ITEM(group.params.ptr(), index);
-  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.param, grad_name));
-  if (!grad) throw py::error_already_set();
+  Entry entry{&group, index, PyList_GET_ITEM(group.params.ptr(), index), nullptr};
+  py::object grad = reader_.grad(entry.param);
   if (grad.is_none()) return;
+  entry.grad = grad.ptr();
+  held_.push_back(std::move(grad));
   held_.push_back(py::reinterpret_borrow<py::object>(entry.param));
 
-  View& p = entry.views[kParam];
-  View& g = entry.views[kGrad];
+  View views[kMaxStreams];
+  View &p = views[kParam], &g = views[kGrad];
   if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
-      !reader_.read(grad.ptr(), &g, &held_)) {
+      !reader_.read(entry.grad, &g, &held_)) {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
     return;
   }
@@ -144,44 +160,59 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
                           " is an expanded view in which elements share memory; expected every "
                           "element in a place of its own; pass a clone() of it");
   }
-  held_.push_back(std::move(grad));
-  if (group.rule.states > 0 || group.counts_steps) read_states(entry);
+  if (read_states(entry, views)) {
+    jobs_.push_back(make_job(entry, views));
+  } else {
+    incomplete_.push_back(entries_.size());
+    jobs_.emplace_back();
+  }
   entries_.push_back(entry);
 }
 
-// Reads what exists of the entry's state, so that all of it is validated before anything changes.
-void StepPlan::read_states(Entry& entry) {
+// States are usually created in the order of the parameters, so that walking the dict beside them
+// finds most without hashing: hash(tensor) is a Python function.
+PyObject* StepPlan::find_state(PyObject* param) {
+  PyObject *key, *value;
+  Py_ssize_t next = state_cursor_;
+  if (PyDict_Next(state_.ptr(), &next, &key, &value) && key == param) {
+    state_cursor_ = next;
+    return value;
+  }
+  value = PyDict_GetItemWithError(state_.ptr(), param);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Reads and validates what exists of the entry's state; false if something is missing.
+bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
-  entry.complete = true;
-  entry.state = PyDict_GetItemWithError(state_.ptr(), entry.param);
-  if (!entry.state && PyErr_Occurred()) throw py::error_already_set();
-  if (!entry.state) {
-    entry.complete = false;
-    return;
+  if (group.rule.states == 0 && !group.counts_steps) return true;
+  entry.state = find_state(entry.param);
+  if (!entry.state) return false;
+  if (!PyDict_Check(entry.state)) {
+    throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
+                         ", expected a dict; delete opt.state[p] to start anew");
   }
-  if (group.counts_steps) {
-    read_step(entry);
-  }
+  if (group.counts_steps) read_step(entry);
+  bool complete = !group.counts_steps || entry.step;
   for (int s = 0; s < group.rule.states; ++s) {
     PyObject* tensor = PyDict_GetItemWithError(entry.state, group.states[s].ptr());
     if (!tensor || tensor == Py_None) {
       if (PyErr_Occurred()) throw py::error_already_set();
-      entry.complete = false;
+      complete = false;
       continue;
     }
     held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-    View& view = entry.views[kFirstState + s];
+    View& view = views[kFirstState + s];
     const auto state_name = [&] { return name(entry, std::string(group.states[s])); };
     if (!reader_.read(tensor, &view, &held_)) {
-      throw py::value_error(state_name() + " is " +
-                            py::cast<std::string>(py::str(py::type::of(py::handle(tensor)))) +
-                            ", expected a strided float32, float64, bfloat16 or float16 tensor on "
-                            "cpu; move it there, or delete opt.state[p] to start anew");
+      throw py::type_error(state_name() + " is " + type_text(tensor) +
+                           ", expected a strided float32, float64, bfloat16 or float16 tensor on "
+                           "cpu; move it there, or delete opt.state[p] to start anew");
     }
-    const View& p = entry.views[kParam];
-    if (!same_shape(p, view)) {
-      throw py::value_error(state_name() + " has shape " + shape_text(view) +
-                            ", expected " + shape_text(p) +
+    if (!same_shape(views[kParam], view)) {
+      throw py::value_error(state_name() + " has shape " + shape_text(view) + ", expected " +
+                            shape_text(views[kParam]) +
                             "; load a checkpoint of this model, or delete opt.state[p] to start "
                             "anew");
     }
@@ -191,6 +222,7 @@ void StepPlan::read_states(Entry& entry) {
                             "element in a place of its own; store a clone() of it");
     }
   }
+  return complete;
 }
 
 void StepPlan::read_step(Entry& entry) {
@@ -198,26 +230,18 @@ void StepPlan::read_step(Entry& entry) {
   entry.step = PyDict_GetItemWithError(entry.state, step_name);
   if (!entry.step) {
     if (PyErr_Occurred()) throw py::error_already_set();
-    entry.complete = false;
     return;
   }
   held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
-  using Count = TensorReader::Count;
   double steps;
   if (reader_.read_count(entry.step, &entry.count, &held_)) {
-    entry.step_is_number = false;
-    const void* at = entry.count.data;
-    steps = entry.count.type == Count::f32   ? *static_cast<const float*>(at)
-            : entry.count.type == Count::f64 ? *static_cast<const double*>(at)
-                                             : static_cast<double>(*static_cast<const int64_t*>(at));
+    steps = entry.count.get();
   } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
-    entry.step_is_number = true;
     steps = PyFloat_AsDouble(entry.step);
   } else {
-    throw py::type_error(name(entry, "step") + " is " +
-                         py::cast<std::string>(py::repr(py::handle(entry.step))) +
-                         ", expected a number, or a tensor on cpu with one element of dtype "
-                         "float32, float64 or int64; store the number of steps taken so far");
+    throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
+                         ", expected a number, or a float32, float64 or int64 tensor on cpu with "
+                         "one element; store the number of steps taken so far");
   }
   if (!(steps >= 0)) {
     throw py::value_error(name(entry, "step") + " is " + std::to_string(steps) +
@@ -226,32 +250,33 @@ void StepPlan::read_step(Entry& entry) {
   entry.t = steps + 1;
 }
 
-// ---- the parts of a step, in the order in which they can fail ------------------------------------
+// ---- the other parts of a step ------------------------------------------------------------------
 
 // The rule's scalars for each step number that occurs in a group: one call into Python each.
 void StepPlan::fold_scalars() {
-  const Entry* previous = nullptr;
+  // A rule that keeps no count only tells a parameter's first step from the others.
   for (Entry& entry : entries_) {
-    const Group& group = *entry.group;
-    // A rule that keeps no count only tells a parameter's first step from the others.
-    if (!group.counts_steps) entry.t = entry.complete ? 2 : 1;
-    if (previous && previous->group == &group && previous->t == entry.t) {
-      entry.scalars = previous->scalars;
-    } else {
-      const py::object count =
-          entry.t < 9e15 ? py::object(py::int_(static_cast<int64_t>(entry.t))) : py::float_(entry.t);
-      std::vector<double> values;
-      for (const auto& item : py::cast<py::dict>(group.scalars(count))) {
-        values.push_back(py::cast<double>(item.second));
-      }
-      if (static_cast<int>(values.size()) != group.rule.scalars) {
-        throw std::logic_error(std::string("rule ") + group.rule.name +
-                               " has another number of scalars");
-      }
-      scalars_.push_back(std::move(values));
-      entry.scalars = scalars_.back().data();
+    if (!entry.group->counts_steps) entry.t = 2;
+  }
+  for (const size_t i : incomplete_) {
+    if (!entries_[i].group->counts_steps) entries_[i].t = 1;
+  }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    if (i > 0 && entry.group == entries_[i - 1].group && entry.t == entries_[i - 1].t) {
+      jobs_[i].scalars = jobs_[i - 1].scalars;
+      continue;
     }
-    previous = &entry;
+    std::vector<double> values;
+    for (const auto& item : py::cast<py::dict>(entry.group->scalars(entry.t))) {
+      values.push_back(py::cast<double>(item.second));
+    }
+    if (static_cast<int>(values.size()) != entry.group->rule.scalars) {
+      throw std::logic_error(std::string("rule ") + entry.group->rule.name +
+                             " has another number of scalars");
+    }
+    scalars_.push_back(std::move(values));
+    jobs_[i].scalars = scalars_.back().data();
   }
 }
 
@@ -265,40 +290,36 @@ void StepPlan::bump_versions() const {
 }
 
 void StepPlan::create_missing_states() {
-  for (Entry& entry : entries_) {
-    if (entry.complete) continue;
+  for (const size_t i : incomplete_) {
+    Entry& entry = entries_[i];
     entry.group->create_state(py::handle(entry.param));
-    read_states(entry);
-    if (!entry.complete) throw std::logic_error(name(entry, "") + ": create_state left a gap");
+    View views[kMaxStreams];
+    if (!reader_.read(entry.param, &views[kParam], &held_) ||
+        !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
+      throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
+    }
+    const double* scalars = jobs_[i].scalars;
+    jobs_[i] = make_job(entry, views);
+    jobs_[i].scalars = scalars;
   }
 }
 
 void StepPlan::advance_step_counts() {
   static PyObject* const step_name = interned("step");
-  using Count = TensorReader::Count;
   for (const Entry& entry : entries_) {
     if (!entry.group->counts_steps) continue;
-    if (entry.step_is_number) {
-      const auto next = py::reinterpret_steal<py::object>(
-          PyNumber_Add(entry.step, py::int_(1).ptr()));
-      if (!next || PyDict_SetItem(entry.state, step_name, next.ptr())) {
-        throw py::error_already_set();
-      }
+    if (entry.count.data) {
+      entry.count.increment();
       continue;
     }
-    switch (entry.count.type) {
-      case Count::f32: *static_cast<float*>(entry.count.data) += 1; break;
-      case Count::f64: *static_cast<double*>(entry.count.data) += 1; break;
-      case Count::i64: *static_cast<int64_t*>(entry.count.data) += 1; break;
-    }
+    const auto next = py::reinterpret_borrow<py::object>(entry.step) + py::int_(1);
+    if (PyDict_SetItem(entry.state, step_name, next.ptr())) throw py::error_already_set();
   }
 }
 
-Job make_job(const Rule& rule, const double* scalars, double grad_scale, const View* views,
-             std::deque<Layout>* layouts) {
+Job job_for(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts) {
   Job job{};
   job.update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
-  job.scalars = scalars;
   job.grad_scale = grad_scale;
   job.numel = views[kParam].numel;
   job.stream_count = kFirstState + rule.states;
@@ -311,15 +332,8 @@ Job make_job(const Rule& rule, const double* scalars, double grad_scale, const V
   return job;
 }
 
-std::vector<Job> StepPlan::jobs() {
-  std::vector<Job> jobs;
-  jobs.reserve(entries_.size());
-  for (const Entry& entry : entries_) {
-    const Group& group = *entry.group;
-    jobs.push_back(
-        make_job(group.rule, entry.scalars, group.grad_scale, entry.views, &layouts_));
-  }
-  return jobs;
+Job StepPlan::make_job(const Entry& entry, const View* views) {
+  return job_for(entry.group->rule, entry.group->grad_scale, views, &layouts_);
 }
 
 }  // namespace
@@ -338,10 +352,9 @@ void Engine::step(const py::dict& state, const py::sequence& groups, int threads
   plan.bump_versions();
   if (!plan.unsupported.empty()) fallback(plan.unsupported);
   plan.create_missing_states();
-  const std::vector<Job> jobs = plan.jobs();
   plan.advance_step_counts();
   py::gil_scoped_release unlocked;
-  run(jobs, useful_threads(jobs, threads));
+  run(plan.jobs(), useful_threads(plan.jobs(), threads));
 }
 
 void Engine::update(const std::string& rule_name, int flags, const std::vector<double>& scalars,
@@ -361,7 +374,8 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     }
   }
   std::deque<Layout> layouts;
-  const std::vector<Job> jobs{make_job(rule, scalars.data(), grad_scale, views, &layouts)};
+  std::vector<Job> jobs{job_for(rule, grad_scale, views, &layouts)};
+  jobs[0].scalars = scalars.data();
   py::gil_scoped_release unlocked;
   run(jobs, threads);
 }

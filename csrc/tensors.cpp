@@ -35,6 +35,7 @@ TensorReader::TensorReader(bool fast) {
   const auto torch = py::module_::import("torch");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
+  grad_ = tensor_.attr("grad");
   if (!fast || !py::hasattr(tensor_, "__dlpack_c_exchange_api__")) return;
   const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<DLPackExchangeAPI*>(
@@ -46,14 +47,27 @@ TensorReader::TensorReader(bool fast) {
 
 static PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
+bool TensorReader::is_plain(PyObject* object) const {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == tensor_.ptr() || type == parameter_.ptr();
+}
+
+py::object TensorReader::grad(PyObject* param) const {
+  static PyObject* const name = interned("grad");
+  // Asking the descriptor itself spares a search of the type's bases.
+  PyObject* grad = is_plain(param) ? Py_TYPE(grad_.ptr())->tp_descr_get(grad_.ptr(), param, nullptr)
+                                   : PyObject_GetAttr(param, name);
+  if (!grad) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
+}
+
 bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
-  PyTypeObject* type = Py_TYPE(object);
-  py::object local;
-  if (reinterpret_cast<PyObject*>(type) != tensor_.ptr() &&
-      reinterpret_cast<PyObject*>(type) != parameter_.ptr()) {
-    if (!PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) return false;
+  if (!is_plain(object)) {
+    if (!PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) {
+      return false;
+    }
     static PyObject* const local_tensor = interned("_local_tensor");
-    local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
+    const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
     if (local) {
       held->push_back(local);
       return read_dltensor(local.ptr(), tensor, held);
@@ -150,6 +164,22 @@ bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const 
     return false;
   }
   return true;
+}
+
+double TensorReader::Count::get() const {
+  switch (type) {
+    case f32: return *static_cast<const float*>(data);
+    case f64: return *static_cast<const double*>(data);
+    default: return static_cast<double>(*static_cast<const int64_t*>(data));
+  }
+}
+
+void TensorReader::Count::increment() const {
+  switch (type) {
+    case f32: *static_cast<float*>(data) += 1; break;
+    case f64: *static_cast<double*>(data) += 1; break;
+    default: *static_cast<int64_t*>(data) += 1; break;
+  }
 }
 
 // ---- layouts ------------------------------------------------------------------------------------

@@ -34,22 +34,30 @@ class TensorReader {
   explicit TensorReader(bool fast);  // fast: use the exchange API if torch has it
   bool fast() const { return from_py_object_ != nullptr; }
 
+  // param.grad, a new reference.
+  py::object grad(PyObject* param) const;
+
   // False, with no Python error set, for anything but a strided CPU tensor of a supported dtype.
   // A DTensor is read as its local shard.
   bool read(PyObject* object, View* view, Held* held) const;
 
-  // A CPU tensor's single element, of any real dtype that counts steps: a pointer and its type.
+  // The single element of a CPU tensor that counts steps.
   struct Count {
     enum { f32, f64, i64 } type;
     void* data;
+
+    double get() const;
+    void increment() const;
   };
   bool read_count(PyObject* object, Count* count, Held* held) const;
 
  private:
+  bool is_plain(PyObject* object) const;
   bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
 
-  py::object tensor_, parameter_;  // the two types that are never a DTensor
+  py::object tensor_, parameter_;  // the two plain types: no wrapper, no override
+  py::object grad_;                // the descriptor of torch.Tensor.grad
   int (*from_py_object_)(void*, DLTensor*) = nullptr;
 };
 

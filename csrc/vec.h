@@ -3,6 +3,20 @@
 // instruction sets give the same bits. Included inside the ISA's namespace; kVectorBytes is set
 // there.
 
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+// Words below 2^16 as 16 bits each.
+inline Halves narrow(Words words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction that the compiler does not find
+  const __m256i x = bit_cast<__m256i>(words);
+  return bit_cast<Halves>(
+      _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+#else
+  return __builtin_convertvector(words, Halves);
+#endif
+}
+
 template <class T>
 struct Vec {
   static constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -24,6 +38,30 @@ struct Vec {
   }
   void store_partial(T* to, int64_t n) const {
     std::memcpy(to, &lanes, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  // Elements stored as bfloat16, converted in registers: the codec's text on lanes.
+  static Vec load(const BFloat16* from) {
+    static_assert(std::is_same_v<T, float>, "bfloat16 widens to float");
+    Halves halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    return {bit_cast<Lanes>(__builtin_convertvector(halves, Words) << 16)};
+  }
+  void store(BFloat16* to) const {
+    const Words bits = bit_cast<Words>(lanes);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = narrow(lanes != lanes ? Words{} + 0x7fc0 : rounded);
+    std::memcpy(to, &halves, sizeof(halves));
+  }
+  static Vec load_partial(const BFloat16* from, int64_t n) {
+    BFloat16 padded[kLanes] = {};
+    std::memcpy(padded, from, static_cast<size_t>(n) * sizeof(BFloat16));
+    return load(padded);
+  }
+  void store_partial(BFloat16* to, int64_t n) const {
+    BFloat16 padded[kLanes];
+    store(padded);
+    std::memcpy(to, padded, static_cast<size_t>(n) * sizeof(BFloat16));
   }
 
   friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }

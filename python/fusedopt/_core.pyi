@@ -5,8 +5,10 @@ from torch import Tensor
 
 compiler: str
 openmp: bool
+piece_bytes: int
 
 def isas() -> tuple[str, ...]: ...
+def stream_like_adam(arrays: Sequence[int], n: int, threads: int) -> None: ...
 
 class Engine:
     def __init__(self, isa: str = "", fast_gather: bool = True) -> None: ...
