@@ -138,7 +138,7 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
     return true;
   };
   if (all_are(kComputeType<T>)) return update_in_place<T>(rule, scale, streams, first, count);
-  if constexpr (std::is_same_v<T, float>) {  // GAIN
+  if constexpr (std::is_same_v<T, float>) {  // in registers: GAIN
     if (all_are(DType::bf16)) {
       return update_in_place<BFloat16>(rule, scale, streams, first, count);
     }

@@ -1,19 +1,17 @@
 """Fused, bit-exact drop-in optimizers for PyTorch."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
-import torch  # first: the engine must find torch's own OpenMP runtime loaded
+import torch as _torch  # noqa: F401  (first: the engine shares the OpenMP runtime torch has loaded)
 
 from fusedopt import _core
-from fusedopt.adam import Adam, AdamW
-from fusedopt.lion import Lion
-from fusedopt.rmsprop import RMSprop
-from fusedopt.sgd import SGD
+from fusedopt.adam import Adam as Adam
+from fusedopt.adam import AdamW as AdamW
+from fusedopt.lion import Lion as Lion
+from fusedopt.rmsprop import RMSprop as RMSprop
+from fusedopt.sgd import SGD as SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "RMSprop", "isas"]
-__version__ = version("fusedopt")
-
-del torch
+__version__ = _version("fusedopt")
 
 
 def isas() -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Group(NamedTuple):
     states: tuple[str, ...]
     counts_steps: bool
     grad_scale: float
-    scalars: Callable[[int], dict[str, float]]
+    scalars: Callable[[float], dict[str, float]]
     create_state: Callable[[Tensor], None]
 
 
@@ -54,7 +54,7 @@ class Fused(Optimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
 
-    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         """Return the rule's scalars for step number t, in the order of its fields, in double.
 
         A rule that keeps no count gets t = 1 on a parameter's first step and 2 afterwards.

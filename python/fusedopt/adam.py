@@ -37,7 +37,7 @@ class Adam(Fused, torch.optim.Adam):
         states = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
         return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
 
-    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         lr = float(group["lr"])
         weight_decay = float(group["weight_decay"])
         beta1, beta2 = (float(beta) for beta in group["betas"])

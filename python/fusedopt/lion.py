@@ -62,7 +62,7 @@ class Lion(Fused, Optimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         return Rule("lion", (), ("exp_avg",), counts_steps=False)
 
-    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         lr = float(group["lr"])
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return {

@@ -39,7 +39,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         states += ("momentum_buffer",) if momentum else ()
         return Rule("rmsprop", (decay, centered, momentum), states, counts_steps=True)
 
-    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         alpha = float(group["alpha"])
         return {
             "weight_decay": float(group["weight_decay"]),

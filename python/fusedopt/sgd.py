@@ -34,7 +34,7 @@ class SGD(Fused, torch.optim.SGD):
         flags = (decay, bool(group["nesterov"]))
         return Rule("sgd_momentum", flags, ("momentum_buffer",), counts_steps=False)
 
-    def _scalars(self, group: dict[str, Any], t: int) -> dict[str, float]:
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         lr = float(group["lr"])
         weight_decay = float(group["weight_decay"])
         momentum = float(group["momentum"])
