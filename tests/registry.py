@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 import fusedopt
 
@@ -20,7 +24,8 @@ class Config(NamedTuple):
         return getattr(fusedopt, self.name)
 
     @property
-    def torch_cls(self) -> type[torch.optim.Optimizer] | None:
+    def torch_cls(self) -> Any:
+        """The torch class of this name, or None."""
         return getattr(torch.optim, self.name, None)
 
     def __str__(self) -> str:
@@ -104,3 +109,201 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "1000 x 1K": [(1024,)] * 1000,
     "2000 x 16": [(16,)] * 2000,
 }
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+# Arguments that a constructor refuses, and all that it says.
+BAD_ARGUMENTS = [
+    (Config("SGD", {"lr": -1.0}), "Invalid learning rate: -1.0"),
+    (Config("SGD", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
+    (Config("SGD", {"momentum": -0.5}), "Invalid momentum value: -0.5"),
+    (Config("SGD", {"weight_decay": -0.5}), "Invalid weight_decay value: -0.5"),
+    *(
+        (Config("SGD", kwargs), "Nesterov momentum requires a momentum and zero dampening")
+        for kwargs in ({"nesterov": True}, {"nesterov": True, "momentum": 0.9, "dampening": 0.1})
+    ),
+    *(
+        (Config(name, kwargs), message)
+        for name in ("Adam", "AdamW")
+        for kwargs, message in (
+            ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+            ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+            ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+            ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+            (
+                {"betas": (0.9, torch.tensor(0.9))},
+                "betas must be either both floats or both Tensors",
+            ),
+            ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
+            ({"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
+        )
+    ),
+    (Config("RMSprop", {"lr": -1.0}), "Invalid learning rate: -1.0"),
+    (Config("RMSprop", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
+    (Config("RMSprop", {"alpha": -0.5}), "Invalid alpha value: -0.5"),
+    (Config("RMSprop", {"eps": -1.0}), "Invalid epsilon value: -1.0"),
+    (Config("RMSprop", {"momentum": -0.5}), "Invalid momentum value: -0.5"),
+    (Config("RMSprop", {"weight_decay": -0.5}), "Invalid weight_decay value: -0.5"),
+    (Config("Lion", {"lr": -1.0}), "Invalid learning rate: -1.0"),
+    (Config("Lion", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
+    (Config("Lion", {"betas": (1.0, 0.9)}), "Invalid beta parameter at index 0: 1.0"),
+    (Config("Lion", {"betas": (0.9, -0.1)}), "Invalid beta parameter at index 1: -0.1"),
+    (Config("Lion", {"weight_decay": -0.5}), "Invalid weight_decay value: -0.5"),
+]
+
+
+class BadInput(NamedTuple):
+    """What step() refuses: how to get there from a working optimizer, and all that it says."""
+
+    id: str
+    config: Config
+    damage: Callable[[Optimizer, Parameter], object]
+    """Done to params[1] of group 1, 'layer.weight', of shape (8, 4) and float32."""
+    error: type[Exception]
+    message: str
+
+
+_SGD, _ADAM = Config("SGD", {"lr": 0.1, "momentum": 0.9}), Config("Adam", {})
+_WEIGHT = "params[1] ('layer.weight') of group 1"
+_NEW_GRADIENT = "call zero_grad() and compute it again"
+_EXPANDED = (
+    "is an expanded view in which elements share memory; expected every element in a place of its "
+    "own;"
+)
+_CHECKPOINT = "load a checkpoint of this model, or delete opt.state[p] to start anew"
+_TENSOR = (
+    "expected a strided float32, float64, bfloat16 or float16 tensor on cpu; move it there, or "
+    "delete opt.state[p] to start anew"
+)
+_COUNT = (
+    "expected a number, or a float32, float64 or int64 tensor on cpu with one element; store the "
+    "number of steps taken so far"
+)
+
+
+def _store(key: str, value: Any) -> Callable[[Optimizer, Parameter], object]:
+    return lambda optimizer, p: optimizer.state[p].update({key: value})
+
+
+def _data(value: Tensor) -> Callable[[Optimizer, Parameter], object]:
+    return lambda optimizer, p: setattr(p, "data", value)
+
+
+BAD_INPUTS = [
+    BadInput(
+        "gradient-shape",
+        _ADAM,
+        _data(torch.ones(4, 4)),
+        ValueError,
+        f"grad of {_WEIGHT} has shape (8, 4), expected (4, 4); {_NEW_GRADIENT}",
+    ),
+    BadInput(
+        "gradient-dimensions",
+        Config("SGD", {"lr": 0.1}),
+        _data(torch.ones(32)),
+        ValueError,
+        f"grad of {_WEIGHT} has shape (8, 4), expected (32,); {_NEW_GRADIENT}",
+    ),
+    BadInput(
+        "parameter-expanded",
+        Config("Lion", {}),
+        _data(torch.ones(4).expand(8, 4)),
+        ValueError,
+        f"{_WEIGHT} {_EXPANDED} pass a clone() of it",
+    ),
+    BadInput(
+        "state-shape",
+        _ADAM,
+        _store("exp_avg_sq", torch.ones(4, 8)),
+        ValueError,
+        f"exp_avg_sq of {_WEIGHT} has shape (4, 8), expected (8, 4); {_CHECKPOINT}",
+    ),
+    BadInput(
+        "state-expanded",
+        _SGD,
+        _store("momentum_buffer", torch.ones(8, 1).expand(8, 4)),
+        ValueError,
+        f"momentum_buffer of {_WEIGHT} {_EXPANDED} store a clone() of it",
+    ),
+    BadInput(
+        "state-dtype",
+        Config("RMSprop", {}),
+        _store("square_avg", torch.ones(8, 4, dtype=torch.int32)),
+        TypeError,
+        f"square_avg of {_WEIGHT} is a torch.strided tensor of torch.int32 and torch.Size([8, 4]) "
+        f"on cpu, {_TENSOR}",
+    ),
+    BadInput(
+        "state-layout",
+        Config("Lion", {}),
+        _store("exp_avg", torch.ones(8, 4).to_sparse()),
+        TypeError,
+        f"exp_avg of {_WEIGHT} is a torch.sparse_coo tensor of torch.float32 and "
+        f"torch.Size([8, 4]) on cpu, {_TENSOR}",
+    ),
+    BadInput(
+        "state-device",
+        Config("AdamW", {"amsgrad": True}),
+        _store("max_exp_avg_sq", torch.ones(8, 4, device="meta")),
+        TypeError,
+        f"max_exp_avg_sq of {_WEIGHT} is a torch.strided tensor of torch.float32 and "
+        f"torch.Size([8, 4]) on meta, {_TENSOR}",
+    ),
+    BadInput(
+        "state-no-tensor",
+        _ADAM,
+        _store("exp_avg", [0.0]),
+        TypeError,
+        f"exp_avg of {_WEIGHT} is [0.0], {_TENSOR}",
+    ),
+    BadInput(
+        "state-no-dict",
+        _SGD,
+        lambda optimizer, p: optimizer.state.update({p: [1.0]}),
+        TypeError,
+        f"state of {_WEIGHT} is [1.0], expected a dict; delete opt.state[p] to start anew",
+    ),
+    *(
+        BadInput(f"step-{id}", _ADAM, _store("step", value), error, f"step of {_WEIGHT} is {text}")
+        for id, value, error, text in [
+            ("text", "3", TypeError, f"'3', {_COUNT}"),
+            ("none", None, TypeError, f"None, {_COUNT}"),
+            (
+                "two-elements",
+                torch.ones(2),
+                TypeError,
+                f"a torch.strided tensor of torch.float32 and torch.Size([2]) on cpu, {_COUNT}",
+            ),
+            (
+                "dtype",
+                torch.tensor(3, dtype=torch.int32),
+                TypeError,
+                f"a torch.strided tensor of torch.int32 and torch.Size([]) on cpu, {_COUNT}",
+            ),
+            *(
+                (
+                    f"{type(value).__name__}-{value}",
+                    value,
+                    ValueError,
+                    f"{float(value):f}, expected 0 or more; store the number of steps taken so far",
+                )
+                for value in (-1, -1.0, float("nan"), torch.tensor(-1.0), torch.tensor(-1))
+            ),
+        ]
+    ),
+    *(
+        BadInput(
+            f"sparse-gradient-{config.name}",
+            config,
+            lambda optimizer, p: setattr(p, "grad", torch.ones(8, 4).to_sparse()),
+            RuntimeError,
+            f"{by} does not support sparse gradients{advice}",
+        )
+        for config, by, advice in [
+            (_ADAM, "Adam", ", please consider SparseAdam instead"),
+            (Config("AdamW", {}), "Adam", ", please consider SparseAdam instead"),
+            (Config("RMSprop", {}), "RMSprop", ""),
+            (Config("Lion", {}), "Lion", ""),
+        ]
+    ),
+]
