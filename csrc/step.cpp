@@ -66,6 +66,7 @@ class StepPlan {
   void collect(const Group& group, int group_index, Py_ssize_t index);
   bool read_states(Entry& entry, View* views);
   void read_step(Entry& entry);
+  const double* fold(const Entry& entry);
   PyObject* find_state(PyObject* param);
   Job make_job(const Entry& entry, const View* views);
   std::string name(const Entry& entry, const std::string& what) const;
@@ -103,8 +104,9 @@ std::string type_text(PyObject* object) {
 std::string StepPlan::name(const Entry& entry, const std::string& what) const {
   std::string text = what + (what.empty() ? "" : " of ") + "params[" +
                      std::to_string(entry.index) + "]";
-  if (!entry.group->names.is_none()) {
-    text += " ('" + py::cast<std::string>(entry.group->names[py::int_(entry.index)]) + "')";
+  const py::object& names = entry.group->names;
+  if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
+    text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
   }
   if (groups_.size() > 1) {
     for (size_t i = 0; i < groups_.size(); ++i) {
@@ -150,6 +152,11 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
       !reader_.read(entry.grad, &g, &held_)) {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
     return;
+  }
+  if (g.ndim == 0 || !contiguous(g)) {  // may be a view that torch has yet to negate
+    held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
+    entry.grad = held_.back().ptr();
+    reader_.read(entry.grad, &g, &held_);
   }
   if (!same_shape(p, g)) {
     throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
@@ -252,7 +259,21 @@ void StepPlan::read_step(Entry& entry) {
 
 // ---- the other parts of a step ------------------------------------------------------------------
 
-// The rule's scalars for each step number that occurs in a group: one call into Python each.
+// The rule's scalars for one step number, from Python.
+const double* StepPlan::fold(const Entry& entry) {
+  const Group& group = *entry.group;
+  std::vector<double> values;
+  for (const auto& item : py::cast<py::dict>(group.scalars(entry.t))) {
+    values.push_back(py::cast<double>(item.second));
+  }
+  if (static_cast<int>(values.size()) != group.rule.scalars) {
+    throw std::logic_error(std::string("rule ") + group.rule.name +
+                           " has another number of scalars");
+  }
+  scalars_.push_back(std::move(values));
+  return scalars_.back().data();
+}
+
 void StepPlan::fold_scalars() {
   // A rule that keeps no count only tells a parameter's first step from the others.
   for (Entry& entry : entries_) {
@@ -262,21 +283,9 @@ void StepPlan::fold_scalars() {
     if (!entries_[i].group->counts_steps) entries_[i].t = 1;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
-    const Entry& entry = entries_[i];
-    if (i > 0 && entry.group == entries_[i - 1].group && entry.t == entries_[i - 1].t) {
-      jobs_[i].scalars = jobs_[i - 1].scalars;
-      continue;
-    }
-    std::vector<double> values;
-    for (const auto& item : py::cast<py::dict>(entry.group->scalars(entry.t))) {
-      values.push_back(py::cast<double>(item.second));
-    }
-    if (static_cast<int>(values.size()) != entry.group->rule.scalars) {
-      throw std::logic_error(std::string("rule ") + entry.group->rule.name +
-                             " has another number of scalars");
-    }
-    scalars_.push_back(std::move(values));
-    jobs_[i].scalars = scalars_.back().data();
+    const bool as_before = i > 0 && entries_[i].group == entries_[i - 1].group &&
+                           entries_[i].t == entries_[i - 1].t;
+    jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
   }
 }
 
@@ -306,14 +315,19 @@ void StepPlan::create_missing_states() {
 
 void StepPlan::advance_step_counts() {
   static PyObject* const step_name = interned("step");
-  for (const Entry& entry : entries_) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
     if (!entry.group->counts_steps) continue;
-    if (entry.count.data) {
-      entry.count.increment();
+    if (!entry.count.data) {
+      const auto next = py::reinterpret_borrow<py::object>(entry.step) + py::int_(1);
+      if (PyDict_SetItem(entry.state, step_name, next.ptr())) throw py::error_already_set();
       continue;
     }
-    const auto next = py::reinterpret_borrow<py::object>(entry.step) + py::int_(1);
-    if (PyDict_SetItem(entry.state, step_name, next.ptr())) throw py::error_already_set();
+    if (entry.count.get() + 1 != entry.t) {  // the parameter is listed twice: its next step
+      entry.t = entry.count.get() + 1;
+      jobs_[i].scalars = fold(entry);
+    }
+    entry.count.increment();
   }
 }
 
@@ -349,8 +363,8 @@ void Engine::step(const py::dict& state, const py::sequence& groups, int threads
   StepPlan plan(kernels_, reader_, state, groups);
   plan.collect();
   plan.fold_scalars();
-  plan.bump_versions();
   if (!plan.unsupported.empty()) fallback(plan.unsupported);
+  plan.bump_versions();
   plan.create_missing_states();
   plan.advance_step_counts();
   py::gil_scoped_release unlocked;

@@ -53,12 +53,18 @@ bool TensorReader::is_plain(PyObject* object) const {
 }
 
 py::object TensorReader::grad(PyObject* param) const {
-  static PyObject* const name = interned("grad");
-  // Asking the descriptor itself spares a search of the type's bases.
-  PyObject* grad = is_plain(param) ? Py_TYPE(grad_.ptr())->tp_descr_get(grad_.ptr(), param, nullptr)
-                                   : PyObject_GetAttr(param, name);
-  if (!grad) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(grad);
+  if (is_plain(param)) {  // asking the descriptor itself spares a search of the type's bases
+    PyObject* grad = Py_TYPE(grad_.ptr())->tp_descr_get(grad_.ptr(), param, nullptr);
+    if (!grad) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(grad);
+  }
+  const py::handle self = param;
+  const py::object grad = self.attr("grad");
+  if (!py::hasattr(self, "placements") || !py::hasattr(grad, "placements") ||
+      grad.attr("placements").equal(self.attr("placements"))) {
+    return grad;
+  }
+  return grad.attr("redistribute")(py::arg("placements") = self.attr("placements"));
 }
 
 bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
@@ -191,10 +197,10 @@ bool overlaps_itself(const View& view) {
   return false;
 }
 
-static bool contiguous(const View& view) {
+bool contiguous(const View& view) {
   int64_t expected = 1;
   for (int d = view.ndim - 1; d >= 0; --d) {
-    if (view.strides[d] != expected && view.shape[d] != 1) return false;
+    if (view.strides[d] != expected) return false;
     expected *= view.shape[d];
   }
   return true;

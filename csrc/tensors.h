@@ -34,7 +34,7 @@ class TensorReader {
   explicit TensorReader(bool fast);  // fast: use the exchange API if torch has it
   bool fast() const { return from_py_object_ != nullptr; }
 
-  // param.grad, a new reference.
+  // param.grad, a DTensor's with the placements of the parameter.
   py::object grad(PyObject* param) const;
 
   // False, with no Python error set, for anything but a strided CPU tensor of a supported dtype.
@@ -64,6 +64,9 @@ class TensorReader {
 inline bool same_shape(const View& a, const View& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
+
+// Whether the strides are exactly those of a C array, also where a size is 1.
+bool contiguous(const View& view);
 
 // Whether two elements of the view are certain to share one memory location.
 bool overlaps_itself(const View& view);

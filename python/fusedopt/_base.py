@@ -44,6 +44,11 @@ class Group(NamedTuple):
     create_state: Callable[[Tensor], None]
 
 
+def number(x: float | Tensor) -> float:
+    """Return a hyper-parameter, which may be a one-element tensor, as a float."""
+    return float(x.item() if isinstance(x, Tensor) else x)
+
+
 class Fused(Optimizer):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
@@ -75,7 +80,9 @@ class Fused(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # The hooks are inside what dynamo leaves alone, or a compiled training step would warn of them.
     @torch._disable_dynamo
+    @Optimizer.profile_hook_step
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in one pass.
 
@@ -96,6 +103,29 @@ class Fused(Optimizer):
         groups = [self._engine_group(group) for group in self.param_groups]
         engine.step(self.state, groups, torch.get_num_threads(), self._fall_back)
         return loss
+
+    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not hook it again
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of its torch parent.
+
+        Unlike torch, which casts every state tensor to its parameter's dtype, this keeps the dtype
+        that was saved, so that a reload changes no bit of the next step.
+        """
+        saved: dict[str, Any] = {}
+        # The last of the pre-hooks sees what the others made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(lambda _, seen: saved.update(seen))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        for p, i in zip(params, ids, strict=True):
+            for key, value in saved["state"].get(i, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                    if self.state[p][key].dtype != value.dtype:
+                        self.state[p][key] = value.to(p.device)
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)

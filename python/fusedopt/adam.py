@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedopt._base import Fused, Rule
+from fusedopt._base import Fused, Rule, number
 
 
 class Adam(Fused, torch.optim.Adam):
@@ -38,9 +38,9 @@ class Adam(Fused, torch.optim.Adam):
         return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        lr = float(group["lr"])
-        weight_decay = float(group["weight_decay"])
-        beta1, beta2 = (float(beta) for beta in group["betas"])
+        lr = number(group["lr"])
+        weight_decay = number(group["weight_decay"])
+        beta1, beta2 = (number(beta) for beta in group["betas"])
         return {
             "weight_decay": weight_decay,
             "decay": 1 - lr * weight_decay if group["decoupled_weight_decay"] else 1.0,
@@ -49,7 +49,7 @@ class Adam(Fused, torch.optim.Adam):
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
             "inv_sqrt_bias2": 1 / math.sqrt(1 - beta2**t),
-            "eps": float(group["eps"]),
+            "eps": number(group["eps"]),
             "step_size": lr / (1 - beta1**t),
         }
 

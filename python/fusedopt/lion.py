@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
+from fusedopt._base import Fused, Rule, number
 
 
 class Lion(Fused, Optimizer):
@@ -59,14 +59,19 @@ class Lion(Fused, Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+
     def _rule(self, group: dict[str, Any]) -> Rule:
         return Rule("lion", (), ("exp_avg",), counts_steps=False)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        lr = float(group["lr"])
-        beta1, beta2 = (float(beta) for beta in group["betas"])
+        lr = number(group["lr"])
+        beta1, beta2 = (number(beta) for beta in group["betas"])
         return {
-            "decay": 1 - lr * float(group["weight_decay"]),
+            "decay": 1 - lr * number(group["weight_decay"]),
             "beta1": beta1,
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedopt._base import Fused, Rule
+from fusedopt._base import Fused, Rule, number
 
 
 class RMSprop(Fused, torch.optim.RMSprop):
@@ -40,14 +40,14 @@ class RMSprop(Fused, torch.optim.RMSprop):
         return Rule("rmsprop", (decay, centered, momentum), states, counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        alpha = float(group["alpha"])
+        alpha = number(group["alpha"])
         return {
-            "weight_decay": float(group["weight_decay"]),
+            "weight_decay": number(group["weight_decay"]),
             "alpha": alpha,
             "one_minus_alpha": 1 - alpha,
-            "eps": float(group["eps"]),
-            "momentum": float(group["momentum"]),
-            "lr": float(group["lr"]),
+            "eps": number(group["eps"]),
+            "momentum": number(group["momentum"]),
+            "lr": number(group["lr"]),
         }
 
     @staticmethod

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedopt._base import Fused, Rule
+from fusedopt._base import Fused, Rule, number
 
 
 class SGD(Fused, torch.optim.SGD):
@@ -35,16 +35,16 @@ class SGD(Fused, torch.optim.SGD):
         return Rule("sgd_momentum", flags, ("momentum_buffer",), counts_steps=False)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        lr = float(group["lr"])
-        weight_decay = float(group["weight_decay"])
-        momentum = float(group["momentum"])
+        lr = number(group["lr"])
+        weight_decay = number(group["weight_decay"])
+        momentum = number(group["momentum"])
         if momentum == 0:
             return {"weight_decay": weight_decay, "lr": lr}
         first = t == 1
         return {
             "weight_decay": weight_decay,
             "momentum_in": 0.0 if first else momentum,
-            "grad_weight": 1.0 if first else 1 - float(group["dampening"]),
+            "grad_weight": 1.0 if first else 1 - number(group["dampening"]),
             "momentum": momentum,
             "lr": lr,
         }
