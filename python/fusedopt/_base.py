@@ -156,7 +156,8 @@ class Fused(Optimizer):
     def _fall_back(self, unsupported: list[tuple[int, Tensor]]) -> None:
         """Step (group index, parameter) pairs with torch's own implementation."""
         by_group: dict[int, list[Tensor]] = {}
-        for index, p in unsupported:
+        # Sparse gradients first: a torch class that refuses them does so before it steps the others.
+        for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
             self._warn_of_fallback(_cause(self.param_groups[index], p))
             by_group.setdefault(index, []).append(p)
         groups = [{**self.param_groups[i], "params": params} for i, params in by_group.items()]
@@ -186,6 +187,10 @@ class Fused(Optimizer):
         )
 
 
+def _is_sparse(p: Tensor) -> bool:
+    return p.grad is not None and p.grad.layout != torch.strided
+
+
 def _cause(group: dict[str, Any], p: Tensor) -> str:
     """Return why p has no kernel, for a warning."""
     assert p.grad is not None
@@ -195,7 +200,7 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
         return "capturable=True"
     if p.device.type != "cpu":
         return f"parameters on {p.device.type}"
-    if p.grad.layout != torch.strided:
+    if _is_sparse(p):
         return "sparse gradients"
     if p.is_complex():
         return "complex parameters"
