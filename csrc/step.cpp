@@ -65,9 +65,8 @@ class StepPlan {
  private:
   void collect(const Group& group, int group_index, Py_ssize_t index);
   bool read_states(Entry& entry, View* views);
-  void read_step(Entry& entry);
+  void read_step(Entry& entry, Py_ssize_t* cursor);
   const double* fold(const Entry& entry);
-  PyObject* find_state(PyObject* param);
   Job make_job(const Entry& entry, const View* views);
   std::string name(const Entry& entry, const std::string& what) const;
 
@@ -176,16 +175,16 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
   entries_.push_back(entry);
 }
 
-// States are usually created in the order of the parameters, so that walking the dict beside them
-// finds most without hashing: hash(tensor) is a Python function.
-PyObject* StepPlan::find_state(PyObject* param) {
-  PyObject *key, *value;
-  Py_ssize_t next = state_cursor_;
-  if (PyDict_Next(state_.ptr(), &next, &key, &value) && key == param) {
-    state_cursor_ = next;
+// dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
+// the dict with a cursor finds most without hashing; and hash(tensor) is a Python function.
+PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
+  PyObject *at, *value;
+  Py_ssize_t next = *cursor;
+  if (PyDict_Next(dict, &next, &at, &value) && at == key) {
+    *cursor = next;
     return value;
   }
-  value = PyDict_GetItemWithError(state_.ptr(), param);
+  value = PyDict_GetItemWithError(dict, key);
   if (!value && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
@@ -194,18 +193,18 @@ PyObject* StepPlan::find_state(PyObject* param) {
 bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
   if (group.rule.states == 0 && !group.counts_steps) return true;
-  entry.state = find_state(entry.param);
+  entry.state = find(state_.ptr(), entry.param, &state_cursor_);
   if (!entry.state) return false;
   if (!PyDict_Check(entry.state)) {
     throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
                          ", expected a dict; delete opt.state[p] to start anew");
   }
-  if (group.counts_steps) read_step(entry);
+  Py_ssize_t cursor = 0;
+  if (group.counts_steps) read_step(entry, &cursor);
   bool complete = !group.counts_steps || entry.step;
   for (int s = 0; s < group.rule.states; ++s) {
-    PyObject* tensor = PyDict_GetItemWithError(entry.state, group.states[s].ptr());
+    PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor);
     if (!tensor || tensor == Py_None) {
-      if (PyErr_Occurred()) throw py::error_already_set();
       complete = false;
       continue;
     }
@@ -232,13 +231,10 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   return complete;
 }
 
-void StepPlan::read_step(Entry& entry) {
+void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   static PyObject* const step_name = interned("step");
-  entry.step = PyDict_GetItemWithError(entry.state, step_name);
-  if (!entry.step) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return;
-  }
+  entry.step = find(entry.state, step_name, cursor);
+  if (!entry.step) return;
   held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
   double steps;
   if (reader_.read_count(entry.step, &entry.count, &held_)) {
@@ -293,7 +289,7 @@ void StepPlan::bump_versions() const {
   if (entries_.empty()) return;
   py::list params(entries_.size());
   for (size_t i = 0; i < entries_.size(); ++i) {
-    params[i] = py::reinterpret_borrow<py::object>(entries_[i].param);
+    PyList_SET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(entries_[i].param));
   }
   py::module_::import("torch.autograd.graph").attr("increment_version")(params);
 }

@@ -867,7 +867,7 @@ def test_dtensors(config: Config, shard: bool, mesh: Any, gather: str) -> None:
             assert q.grad is not None
             p.grad = distribute_tensor(q.grad, mesh, placements)
             if step == 1 and q.dim() == 2:  # another layout of the local tensor
-                transposed = distribute_tensor(q.grad.t().contiguous(), mesh, [Replicate()])
+                transposed: Any = distribute_tensor(q.grad.t().contiguous(), mesh, [Replicate()])
                 p.grad = transposed.t().redistribute(placements=placements)
         optimizer.step()
         expected.step()

@@ -524,7 +524,9 @@ int run_all(const std::vector<std::string>& names) {
   for (const std::string& isa : names) {
     chosen.push_back(isa == "wide" ? &fusedopt::wide::kKernels : &fusedopt::kernels_named(isa));
   }
-  std::printf("default %s\n", fusedopt::available_kernels().front()->isa);
+  std::printf("default %s\navailable", fusedopt::available_kernels().front()->isa);
+  for (const Kernels* kernels : fusedopt::available_kernels()) std::printf(" %s", kernels->isa);
+  std::printf("\n");
   std::fflush(stdout);
   const std::vector<Sums> sums = make_sums();
   for (const Kernels* kernels : chosen) {
