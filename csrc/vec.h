@@ -3,25 +3,6 @@
 // instruction sets give the same bits. Included inside the ISA's namespace; kVectorBytes is set
 // there.
 
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-
-// 16-bit elements as words, and words below 2^16 as 16-bit elements. On AVX2 the compiler takes
-// several instructions for what is one.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-inline Words widen(Halves x) {
-  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x)));
-}
-inline Halves narrow(Words words) {
-  const __m256i x = bit_cast<__m256i>(words);
-  return bit_cast<Halves>(
-      _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
-}
-#else
-inline Words widen(Halves x) { return __builtin_convertvector(x, Words); }
-inline Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
-#endif
-
 template <class T>
 struct Vec {
   static constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -43,30 +24,6 @@ struct Vec {
   }
   void store_partial(T* to, int64_t n) const {
     std::memcpy(to, &lanes, static_cast<size_t>(n) * sizeof(T));
-  }
-
-  // Elements stored as bfloat16, converted in registers: the codec's text on lanes.
-  static Vec load(const BFloat16* from) {
-    static_assert(std::is_same_v<T, float>, "bfloat16 widens to float");
-    Halves halves;
-    std::memcpy(&halves, from, sizeof(halves));
-    return {bit_cast<Lanes>(widen(halves) << 16)};
-  }
-  void store(BFloat16* to) const {
-    const Words bits = bit_cast<Words>(lanes);
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Halves halves = narrow(lanes != lanes ? Words{} + 0x7fc0 : rounded);
-    std::memcpy(to, &halves, sizeof(halves));
-  }
-  static Vec load_partial(const BFloat16* from, int64_t n) {
-    BFloat16 padded[kLanes] = {};
-    std::memcpy(padded, from, static_cast<size_t>(n) * sizeof(BFloat16));
-    return load(padded);
-  }
-  void store_partial(BFloat16* to, int64_t n) const {
-    BFloat16 padded[kLanes];
-    store(padded);
-    std::memcpy(to, padded, static_cast<size_t>(n) * sizeof(BFloat16));
   }
 
   friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
@@ -112,3 +69,80 @@ Vec<T> sqrt(Vec<T> x) {
   return x;
 }
 #endif
+
+// ---- bfloat16 in registers ----------------------------------------------------------------------
+
+// Sixteen-bit elements, as many as fit a register, are the upper halves of two registers of floats.
+// Which of the two an element goes to does not matter, as long as it comes back to its place.
+#if defined(__AVX512F__)
+typedef __m512i Bits;
+inline Bits widen_a(Bits x) { return _mm512_unpacklo_epi16(Bits{}, x); }
+inline Bits widen_b(Bits x) { return _mm512_unpackhi_epi16(Bits{}, x); }
+inline Bits narrow(Bits a, Bits b) { return _mm512_packs_epi32(a, b); }
+#elif defined(__AVX2__)
+typedef __m256i Bits;
+inline Bits widen_a(Bits x) { return _mm256_unpacklo_epi16(Bits{}, x); }
+inline Bits widen_b(Bits x) { return _mm256_unpackhi_epi16(Bits{}, x); }
+inline Bits narrow(Bits a, Bits b) { return _mm256_packs_epi32(a, b); }
+#elif defined(__SSE2__)
+typedef __m128i Bits;
+inline Bits widen_a(Bits x) { return _mm_unpacklo_epi16(Bits{}, x); }
+inline Bits widen_b(Bits x) { return _mm_unpackhi_epi16(Bits{}, x); }
+inline Bits narrow(Bits a, Bits b) { return _mm_packs_epi32(a, b); }
+#elif defined(__aarch64__)
+typedef uint16x8_t Bits;
+inline Bits widen_a(Bits x) { return vzip1q_u16(Bits{}, x); }
+inline Bits widen_b(Bits x) { return vzip2q_u16(Bits{}, x); }
+inline Bits narrow(Bits a, Bits b) { return vuzp1q_u16(a, b); }
+#else
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+inline Bits widen_a(Bits x) { return x << 16; }
+inline Bits widen_b(Bits x) { return x & 0xffff0000; }
+inline Bits narrow(Bits a, Bits b) { return (a & 0xffff) | (b << 16); }
+#endif
+
+// Each lane rounded to bfloat16 as encode() does, and sign-extended. NaN needs no care: here it
+// stems from bfloat16 or is the default one, and its lower half of zeros carries nothing upwards.
+inline Bits round_to_bfloat16(Vec<float> x) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const Words bits = bit_cast<Words>(x.lanes);
+  return bit_cast<Bits>(bit_cast<Ints>(bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The lanes of two registers, which load and store bfloat16 and compute in float.
+struct BFloat16Vec {
+  static constexpr int kLanes = 2 * Vec<float>::kLanes;
+  Vec<float> a, b;
+
+  static BFloat16Vec load(const BFloat16* from) {
+    Bits bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return {{bit_cast<Vec<float>::Lanes>(widen_a(bits))},
+            {bit_cast<Vec<float>::Lanes>(widen_b(bits))}};
+  }
+  void store(BFloat16* to) const {
+    const Bits bits = narrow(round_to_bfloat16(a), round_to_bfloat16(b));
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+  static BFloat16Vec load_partial(const BFloat16* from, int64_t n) {
+    BFloat16 padded[kLanes] = {};
+    std::memcpy(padded, from, static_cast<size_t>(n) * sizeof(BFloat16));
+    return load(padded);
+  }
+  void store_partial(BFloat16* to, int64_t n) const {
+    BFloat16 padded[kLanes];
+    store(padded);
+    std::memcpy(to, padded, static_cast<size_t>(n) * sizeof(BFloat16));
+  }
+
+  friend BFloat16Vec operator+(BFloat16Vec x, BFloat16Vec y) { return {x.a + y.a, x.b + y.b}; }
+  friend BFloat16Vec operator-(BFloat16Vec x, BFloat16Vec y) { return {x.a - y.a, x.b - y.b}; }
+  friend BFloat16Vec operator*(BFloat16Vec x, BFloat16Vec y) { return {x.a * y.a, x.b * y.b}; }
+  friend BFloat16Vec operator/(BFloat16Vec x, BFloat16Vec y) { return {x.a / y.a, x.b / y.b}; }
+  friend BFloat16Vec operator+(BFloat16Vec x, float y) { return {x.a + y, x.b + y}; }
+  friend BFloat16Vec operator*(BFloat16Vec x, float y) { return {x.a * y, x.b * y}; }
+  friend BFloat16Vec sqrt(BFloat16Vec x) { return {sqrt(x.a), sqrt(x.b)}; }
+  friend BFloat16Vec sign(BFloat16Vec x) { return {sign(x.a), sign(x.b)}; }
+  friend BFloat16Vec max(BFloat16Vec x, BFloat16Vec y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -80,9 +81,6 @@ class Fused(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # The hooks are inside what dynamo leaves alone, or a compiled training step would warn of them.
-    @torch._disable_dynamo
-    @Optimizer.profile_hook_step
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in one pass.
 
@@ -104,7 +102,13 @@ class Fused(Optimizer):
         engine.step(self.state, groups, torch.get_num_threads(), self._fall_back)
         return loss
 
-    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not hook it again
+    def _patch_step_function(self) -> None:
+        """Hook `step` as torch does, and hide it from dynamo hooks and all: they make it warn."""
+        super()._patch_step_function()
+        cls = type(self)
+        if not getattr(cls.step, "hidden_from_dynamo", False):
+            cls.step = torch._disable_dynamo(cls.step)  # type: ignore[method-assign]
+            cls.step.hidden_from_dynamo = True  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch parent.
@@ -132,7 +136,7 @@ class Fused(Optimizer):
         return Group(
             params=group["params"],
             names=group.get("param_names"),
-            has_kernel=not (group.get("differentiable") or group.get("capturable")),
+            has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
             states=rule.states,
@@ -164,14 +168,13 @@ class Fused(Optimizer):
         self._torch_step(groups)
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
-        """Step these groups with the parent class, whose hooks must not fire a second time."""
-        step = super().step.__func__  # type: ignore[attr-defined]
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__
+        """Step these groups with the parent class's bare step: its hooks have fired already."""
+        step = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]
         all_groups = self.param_groups
         self.param_groups = [{**group, "foreach": None, "fused": None} for group in groups]
         try:
-            step(self)
+            with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+                step(self)
         finally:
             self.param_groups = all_groups
 
@@ -196,8 +199,6 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
     assert p.grad is not None
     if group.get("differentiable"):
         return "differentiable=True"
-    if group.get("capturable"):
-        return "capturable=True"
     if p.device.type != "cpu":
         return f"parameters on {p.device.type}"
     if _is_sparse(p):

@@ -107,7 +107,7 @@ class Lion(Fused, Optimizer):
             if any(p.grad.layout != torch.strided for p in group["params"]):
                 raise RuntimeError("Lion does not support sparse gradients")
         for group in groups:
-            scalars = self._scalars(group, 1)
+            scalars: dict[str, Any] = self._scalars(group, 1)
             for p in group["params"]:
                 self._create_state(self._rule(group), p)
                 stored = [p, -p.grad if group["maximize"] else p.grad, self.state[p]["exp_avg"]]

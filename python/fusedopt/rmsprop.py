@@ -34,7 +34,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         decay = bool(group["weight_decay"] != 0)
         centered = bool(group["centered"])
         momentum = bool(group["momentum"] > 0)
-        states = ("square_avg",)
+        states: tuple[str, ...] = ("square_avg",)
         states += ("grad_avg",) if centered else ()
         states += ("momentum_buffer",) if momentum else ()
         return Rule("rmsprop", (decay, centered, momentum), states, counts_steps=True)
@@ -68,7 +68,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         if decay:
             g = g + p * weight_decay
         v = v * alpha + (g * g) * one_minus_alpha
-        states = (v,)
+        states: tuple[Any, ...] = (v,)
         variance = v
         if centered:
             mean = others[0] * alpha + g * one_minus_alpha

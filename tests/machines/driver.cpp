@@ -3,8 +3,8 @@
 // here what must hold on one machine: that an element's result does not depend on how many there
 // are, where they lie or which thread has them, and that nothing else in memory changes.
 //
-//   driver [ISA...]    all that this machine can run, unless some are named; "wide" is one more,
-//                      see wide.cpp. The exit status is 1 if a check failed.
+//   driver [ISA...]    all that this machine can run, unless some are named; on x86-64, "wide"
+//                      is one more, see wide.cpp. The exit status is 1 if a check failed.
 
 #include <cstdarg>
 #include <cstdio>
@@ -22,9 +22,11 @@
 #include "elements.h"
 #include "engine.h"
 
+#if defined(__x86_64__)
 namespace fusedopt::wide {
 extern const Kernels kKernels;  // no instruction set: see wide.cpp
 }
+#endif
 
 namespace machines {
 
@@ -522,7 +524,13 @@ int run_all(const std::vector<std::string>& names) {
   std::vector<const Kernels*> chosen;
   if (names.empty()) chosen = fusedopt::available_kernels();
   for (const std::string& isa : names) {
-    chosen.push_back(isa == "wide" ? &fusedopt::wide::kKernels : &fusedopt::kernels_named(isa));
+#if defined(__x86_64__)
+    if (isa == "wide") {
+      chosen.push_back(&fusedopt::wide::kKernels);
+      continue;
+    }
+#endif
+    chosen.push_back(&fusedopt::kernels_named(isa));
   }
   std::printf("default %s\navailable", fusedopt::available_kernels().front()->isa);
   for (const Kernels* kernels : fusedopt::available_kernels()) std::printf(" %s", kernels->isa);
