@@ -54,8 +54,8 @@ FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, i
     step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
   }
   if (i < n) {
-    step([i, n](const Stored* x) { return V::load_partial(x + i, n - i); },
-         [i, n](V v, Stored* x) { v.store_partial(x + i, n - i); });
+    step([i, n](const Stored* x) { return load_partial<V>(x + i, n - i); },
+         [i, n](V v, Stored* x) { store_partial(v, x + i, n - i); });
   }
 }
 
@@ -143,10 +143,17 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
   if (all_are(kComputeType<T>)) {
     return update_in_place<Vec<T>, T>(rule, scale, streams, first, count);
   }
-  if constexpr (std::is_same_v<T, float>) {  // in registers: 1.5 times as fast as in tiles, in cache and out of it
+  // Converted in registers, 16-bit elements take two thirds of the time that they take in tiles, in
+  // cache and out of it.
+  if constexpr (std::is_same_v<T, float>) {
     if (all_are(DType::bf16)) {
       return update_in_place<BFloat16Vec, BFloat16>(rule, scale, streams, first, count);
     }
+#if defined(__F16C__)
+    if (all_are(DType::f16)) {
+      return update_in_place<Vec<float>, Float16>(rule, scale, streams, first, count);
+    }
+#endif
   }
   update_in_tiles(rule, scale, streams, first, count);
 }

@@ -16,15 +16,27 @@ struct Vec {
   }
   void store(T* to) const { std::memcpy(to, &lanes, sizeof(lanes)); }
 
-  // The first n lanes, 0 < n < kLanes; memory after them is not touched.
-  static Vec load_partial(const T* from, int64_t n) {
-    Vec x{};
-    std::memcpy(&x.lanes, from, static_cast<size_t>(n) * sizeof(T));
-    return x;
+#if defined(__AVX512F__)
+  static Vec load(const Float16* from) {
+    __m256i halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    return {_mm512_maskz_cvtph_ps(0xffff, halves)};
   }
-  void store_partial(T* to, int64_t n) const {
-    std::memcpy(to, &lanes, static_cast<size_t>(n) * sizeof(T));
+  void store(Float16* to) const {
+    const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, lanes, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof(halves));
   }
+#elif defined(__F16C__)
+  static Vec load(const Float16* from) {
+    __m128i halves;
+    std::memcpy(&halves, from, sizeof(halves));
+    return {_mm256_cvtph_ps(halves)};
+  }
+  void store(Float16* to) const {
+    const __m128i halves = _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof(halves));
+  }
+#endif
 
   friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
   friend Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
@@ -125,16 +137,6 @@ struct BFloat16Vec {
     const Bits bits = narrow(round_to_bfloat16(a), round_to_bfloat16(b));
     std::memcpy(to, &bits, sizeof(bits));
   }
-  static BFloat16Vec load_partial(const BFloat16* from, int64_t n) {
-    BFloat16 padded[kLanes] = {};
-    std::memcpy(padded, from, static_cast<size_t>(n) * sizeof(BFloat16));
-    return load(padded);
-  }
-  void store_partial(BFloat16* to, int64_t n) const {
-    BFloat16 padded[kLanes];
-    store(padded);
-    std::memcpy(to, padded, static_cast<size_t>(n) * sizeof(BFloat16));
-  }
 
   friend BFloat16Vec operator+(BFloat16Vec x, BFloat16Vec y) { return {x.a + y.a, x.b + y.b}; }
   friend BFloat16Vec operator-(BFloat16Vec x, BFloat16Vec y) { return {x.a - y.a, x.b - y.b}; }
@@ -146,3 +148,18 @@ struct BFloat16Vec {
   friend BFloat16Vec sign(BFloat16Vec x) { return {sign(x.a), sign(x.b)}; }
   friend BFloat16Vec max(BFloat16Vec x, BFloat16Vec y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 };
+
+// The first n elements, 0 < n < V::kLanes; memory after them is not touched.
+template <class V, class Stored>
+V load_partial(const Stored* from, int64_t n) {
+  Stored padded[V::kLanes] = {};
+  std::memcpy(padded, from, static_cast<size_t>(n) * sizeof(Stored));
+  return V::load(padded);
+}
+
+template <class V, class Stored>
+void store_partial(V x, Stored* to, int64_t n) {
+  Stored padded[V::kLanes];
+  x.store(padded);
+  std::memcpy(to, padded, static_cast<size_t>(n) * sizeof(Stored));
+}

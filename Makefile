@@ -1,0 +1,68 @@
+# Every target sets up what it needs: a machine with Python >= 3.10 and a C++ compiler is enough.
+# ARGS goes to the command, as in: make test ARGS='-k lion -x'. PYTHON names another Python.
+
+PYTHON ?= python3
+ARGS ?=
+
+RUN := .venv/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
+CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
+
+.PHONY: help demo test bench lint format wheel test-machines clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make demo           train a small GPT with torch's optimizer and with fusedopt's, and compare
+demo: .venv/installed
+	$(RUN)/python examples/train_gpt.py $(ARGS)
+
+## make test           all tests
+test: .venv/installed
+	$(RUN)/python -m pytest $(ARGS)
+
+## make bench          step times, next to torch's
+bench: .venv/installed
+	$(RUN)/python -m benchmarks.step_time $(ARGS)
+
+## make lint           formatting, style and types
+lint: .venv/dependencies
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/clang-format --dry-run --Werror $(CPP)
+
+## make format         what lint asks for, done where a tool can do it
+format: .venv/dependencies
+	$(RUN)/ruff check --fix-only .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(CPP)
+
+## make wheel          the wheel, in dist/
+wheel: .venv/dependencies
+	$(PIP) wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
+
+## make test-machines  the kernels on processors that this machine is not, under emulation
+test-machines: .venv/dependencies
+	tests/machines/run
+
+## make clean          remove all that was made here
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The pinned pip comes first, because old ones know no --group.
+.venv/dependencies: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fusedopt needs \
+	Python 3.10 or newer, but $(PYTHON) is %d.%d: name another one with make PYTHON=..." \
+	% sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt pip
+	$(PIP) install --constraint constraints.txt --group dev
+	@touch $@
+
+.venv/installed: .venv/dependencies $(SOURCES)
+	$(PIP) install --quiet --no-deps --build-constraint constraints.txt .
+	@touch $@
