@@ -209,7 +209,9 @@ bool contiguous(const View& view) {
 Layout common_layout(const View* views, int count) {
   const View& param = views[0];
   if (param.numel == 0) return {};
-  if (std::all_of(views, views + count, contiguous)) return {};
+  bool plain = true;
+  for (int s = 0; s < count; ++s) plain = plain && contiguous(views[s]);
+  if (plain) return {};
 
   Layout dims;
   for (int d = param.ndim - 1; d >= 0; --d) {

@@ -4,7 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -62,7 +61,11 @@ class TensorReader {
 };
 
 inline bool same_shape(const View& a, const View& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d]) return false;
+  }
+  return true;
 }
 
 // Whether the strides are exactly those of a C array, also where a size is 1.

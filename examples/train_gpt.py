@@ -221,7 +221,7 @@ def generate(model: GPT, prompt: str, length: int, seed: int) -> str:
     random = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
     for _ in range(length):
-        odds = torch.softmax(model(tokens[:, -CONTEXT:])[:, -1] / 0.7, dim=-1)
+        odds = torch.softmax(model(tokens[:, -CONTEXT:])[:, -1] / 0.8, dim=-1)
         tokens = torch.cat([tokens, torch.multinomial(odds, 1, generator=random)], dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
@@ -261,8 +261,8 @@ def draw(a: Contestant, b: Contestant, tested: list[int], path: Path) -> None:
     left.set(title="Loss", xlabel="training step", ylabel="cross-entropy (nats per byte)")
     right.set(title="Time of optimizer.step()", xlabel="training step")
     right.set(ylabel="time (ms; longer ones on the upper edge)", ylim=(0, top * 1.02))
-    for axes in (left, right):
-        axes.legend(loc="upper right")
+    for axes, corner in ((left, "upper right"), (right, "lower right")):
+        axes.legend(loc=corner)
         axes.grid(alpha=0.3)
     figure.suptitle("A small GPT on the Python standard library: the same run, two optimizers")
     figure.savefig(path, dpi=130)
@@ -317,17 +317,15 @@ def main() -> None:
     held_delta = abs(a.held_out[-1] - b.held_out[-1])
     print(f"\nmax |Δ loss|: {delta:.1e} over the last 10 steps, {held_delta:.1e} held out")
 
-    print(f"\n--- written by the model that {b.label} trained ---")
-    print(generate(twin, "def ", 300, args.seed))
-    print("---")
     draw(a, b, tested, args.out)
     print(f"picture: {args.out}")
-
     if not held_delta <= TOLERANCE:  # so put, a loss that is not a number fails too
         raise SystemExit(
             f"error: the held-out losses differ by {held_delta:.1e}, more than {TOLERANCE:.0e}: "
             f"{b.label} did not follow {a.label}"
         )
+    print(f"\n--- written by the model that {b.label} trained ---")
+    print(generate(twin, "def ", 300, args.seed))
 
 
 if __name__ == "__main__":
