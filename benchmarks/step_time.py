@@ -33,7 +33,7 @@ class Row(NamedTuple):
     peers: tuple[str, ...] = ("fused",)
     goal: float = 1.0
     """Times faster than the best of the peers."""
-    kwargs: dict[str, Any] = {}
+    kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         suffix = "" if self.dtype == torch.float32 else " bf16"
@@ -46,7 +46,7 @@ ROWS = [
     Row("10 x 1M", "AdamW"),
     Row("GPT-2 124M", "AdamW", goal=1.1),
     Row("GPT-2 124M", "AdamW", torch.bfloat16, goal=1.25),
-    Row("GPT-2 124M", "SGD", kwargs={"lr": 0.1, "momentum": 0.9}),
+    Row("GPT-2 124M", "SGD", kwargs=(("lr", 0.1), ("momentum", 0.9))),
     Row("GPT-2 124M", "RMSprop", peers=("loop", "foreach"), goal=4.5),
     Row("GPT-2 124M", "Lion", peers=("lion-pytorch",), goal=4.5),
 ]
@@ -65,13 +65,13 @@ def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tenso
 
 def make_optimizer(row: Row, contestant: str, params: list[Tensor]) -> torch.optim.Optimizer:
     if contestant == "fusedopt":
-        return getattr(fusedopt, row.optimizer)(params, **row.kwargs)
+        return getattr(fusedopt, row.optimizer)(params, **dict(row.kwargs))
     if contestant == "lion-pytorch":
         from lion_pytorch import Lion  # noqa: PLC0415  (an optional peer)
 
-        return Lion(params, **row.kwargs)
+        return Lion(params, **dict(row.kwargs))
     flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
-    return getattr(torch.optim, row.optimizer)(params, **row.kwargs, **flags[contestant])
+    return getattr(torch.optim, row.optimizer)(params, **dict(row.kwargs), **flags[contestant])
 
 
 def assert_same_numbers(row: Row, contestants: list[str]) -> None:
@@ -162,6 +162,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def line(row: Row, result: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    times = result["milliseconds"]
+    ours = times["fusedopt"]
+    peers = [f"{peer} {times[peer]:.2f} ms = {times[peer] / ours:.2f}x" for peer in row.peers]
+    text = (
+        f"{row!s:<28}{ours:>8.2f} ms{result['spread']['fusedopt']:>8.0%}"
+        f"{result['gigabytes_per_second']:>7.1f}{result['share_of_bandwidth']:>9.0%}"
+        f"  {', '.join(peers)} (goal {row.goal}x)"
+    )
+    if len(SHAPES[row.shapes]) >= 1000:
+        text += f"; {result['microseconds_per_tensor']:.2f} us a tensor"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
@@ -172,9 +187,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(
-        f"{'row':<28}{'fusedopt':>11}{'spread':>8}{'GB/s':>7}{'of limit':>9}  peers and ratio to them"
-    )
+    header = f"{'row':<28}{'fusedopt':>11}{'spread':>8}{'GB/s':>7}{'of limit':>9}"
+    print(header + "  peers and ratio to them")
     rows = [row for row in ROWS if arguments.rows in str(row)]
     results = []
     for row in tqdm(rows, leave=False, disable=None):
@@ -185,21 +199,7 @@ def main() -> None:
             tqdm.write(f"{row!s:<28} skipped: {error}")
             continue
         results.append(result)
-        ours = result["milliseconds"]["fusedopt"]
-        peers = ", ".join(
-            f"{peer} {result['milliseconds'][peer]:.2f} ms = {result['milliseconds'][peer] / ours:.2f}x"
-            for peer in row.peers
-        )
-        tqdm.write(
-            f"{row!s:<28}{ours:>8.2f} ms{result['spread']['fusedopt']:>8.0%}"
-            f"{result['gigabytes_per_second']:>7.1f}{result['share_of_bandwidth']:>9.0%}"
-            f"  {peers} (goal {row.goal}x)"
-            + (
-                f"; {result['microseconds_per_tensor']:.2f} us a tensor"
-                if len(SHAPES[row.shapes]) >= 1000
-                else ""
-            )
-        )
+        tqdm.write(line(row, result))
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rows": results}, indent=1))
 

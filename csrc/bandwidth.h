@@ -7,8 +7,7 @@
 namespace fusedopt {
 
 // Moves 28 * n bytes on `threads` threads, each of which walks one contiguous share.
-inline void stream_like_adam(float* p, const float* g, float* m, float* v, int64_t n,
-                             int threads) {
+inline void stream_like_adam(float* p, const float* g, float* m, float* v, int64_t n, int threads) {
   (void)threads;
 #if defined(_OPENMP)
 #pragma omp parallel for simd schedule(static) num_threads(threads)

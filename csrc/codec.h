@@ -91,8 +91,7 @@ void encode_all(const T* from, void* to, int64_t n) {
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Stored, Float16> && std::is_same_v<T, float>) {
     for (; i + 8 <= n; i += 8) {
-      const __m128i eight =
-          _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
       std::memcpy(bytes + i * 2, &eight, sizeof(eight));
     }
   }

@@ -19,9 +19,9 @@ namespace fusedopt {
 // ---- the instruction sets -----------------------------------------------------------------------
 
 // FUSEDOPT_ISAS, from CMakeLists.txt, is FUSEDOPT_EACH(name) for each line of the ISA table.
-#define FUSEDOPT_EACH(isa)         \
-  namespace isa {                  \
-  extern const Kernels kKernels;   \
+#define FUSEDOPT_EACH(isa)       \
+  namespace isa {                \
+  extern const Kernels kKernels; \
   }
 FUSEDOPT_ISAS
 #undef FUSEDOPT_EACH
@@ -61,7 +61,8 @@ const Kernels& kernels_named(const std::string& isa) {
   }
   throw std::runtime_error("FUSEDOPT_ISA='" + isa +
                            "' names no instruction set that this machine and this build have; "
-                           "expected one of: " + valid);
+                           "expected one of: " +
+                           valid);
 }
 
 const Rule& find_rule(const Kernels& kernels, const std::string& name, int flags) {

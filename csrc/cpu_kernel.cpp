@@ -35,7 +35,8 @@ constexpr int kVectorBytes = 16;
 #include "rules.h"
 #include "vec.h"
 
-// ---- one rule over arrays that V can load --------------------------------------------------------
+// ---- one rule over arrays that V can load
+// --------------------------------------------------------
 
 template <class V, class T, class Stored, class Rule>
 FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n) {
@@ -186,7 +187,7 @@ struct Table {
 
 constexpr Table make_table() {
   Table table{};
-#define FUSEDOPT_ADD(name, Family, flags)                          \
+#define FUSEDOPT_ADD(name, Family, flags) \
   table.add<Family, std::make_index_sequence<flags>>(name, std::make_index_sequence<1 << flags>());
   FUSEDOPT_RULES(FUSEDOPT_ADD)
 #undef FUSEDOPT_ADD

@@ -8,9 +8,9 @@
 #include "rules/sgd.h"
 
 // X(name, Rule, number of bool flags)
-#define FUSEDOPT_RULES(X)        \
-  X("sgd", Sgd, 1)               \
+#define FUSEDOPT_RULES(X)           \
+  X("sgd", Sgd, 1)                  \
   X("sgd_momentum", SgdMomentum, 2) \
-  X("adam", Adam, 2)             \
-  X("rmsprop", RmsProp, 3)       \
+  X("adam", Adam, 2)                \
+  X("rmsprop", RmsProp, 3)          \
   X("lion", Lion, 0)

@@ -41,10 +41,10 @@ struct Entry {
   const Group* group;
   Py_ssize_t index;
   PyObject *param, *grad;
-  PyObject* state = nullptr;      // its dict; null while it has none
-  PyObject* step = nullptr;       // state["step"]; null while there is none
+  PyObject* state = nullptr;       // its dict; null while it has none
+  PyObject* step = nullptr;        // state["step"]; null while there is none
   TensorReader::Count count = {};  // its memory; null where it is a plain number
-  double t = 1;                   // the number of this step
+  double t = 1;                    // the number of this step
 };
 
 class StepPlan {
@@ -101,8 +101,8 @@ std::string type_text(PyObject* object) {
 
 // For example: exp_avg of params[3] ('layer.weight') of group 1
 std::string StepPlan::name(const Entry& entry, const std::string& what) const {
-  std::string text = what + (what.empty() ? "" : " of ") + "params[" +
-                     std::to_string(entry.index) + "]";
+  std::string text =
+      what + (what.empty() ? "" : " of ") + "params[" + std::to_string(entry.index) + "]";
   const py::object& names = entry.group->names;
   if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
     text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
@@ -279,8 +279,8 @@ void StepPlan::fold_scalars() {
     if (!entries_[i].group->counts_steps) entries_[i].t = 1;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
-    const bool as_before = i > 0 && entries_[i].group == entries_[i - 1].group &&
-                           entries_[i].t == entries_[i - 1].t;
+    const bool as_before =
+        i > 0 && entries_[i].group == entries_[i - 1].group && entries_[i].t == entries_[i - 1].t;
     jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
   }
 }

@@ -5,7 +5,8 @@
 
 namespace fusedopt {
 
-// ---- the DLPack structs that are needed (dlpack.h, version 1) ------------------------------------
+// ---- the DLPack structs that are needed (dlpack.h, version 1)
+// ------------------------------------
 
 struct DLTensor {
   void* data;
@@ -38,8 +39,8 @@ TensorReader::TensorReader(bool fast) {
   grad_ = tensor_.attr("grad");
   if (!fast || !py::hasattr(tensor_, "__dlpack_c_exchange_api__")) return;
   const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
-  auto* api = static_cast<DLPackExchangeAPI*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  auto* api =
+      static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   while (api && api->major != 1) api = api->previous;
   if (api) from_py_object_ = api->from_py_object;
@@ -221,9 +222,8 @@ Layout common_layout(const View* views, int count) {
     dims.push_back(dim);
   }
   // The parameter's own order in memory, so that its elements are visited consecutively.
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-    return a.stride[kParam] < b.stride[kParam];
-  });
+  std::stable_sort(dims.begin(), dims.end(),
+                   [](const Dim& a, const Dim& b) { return a.stride[kParam] < b.stride[kParam]; });
   // Two dimensions that every stream walks as one become one.
   Layout merged;
   for (const Dim& dim : dims) {

@@ -1,4 +1,4 @@
-"""The oracle for bits: reference() on numpy arrays in compute precision, rounded by torch's casts."""
+"""The oracle for bits: reference() in numpy, in compute precision, rounded by torch's casts."""
 
 from __future__ import annotations
 

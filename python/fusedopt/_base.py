@@ -107,7 +107,8 @@ class Fused(Optimizer):
         super()._patch_step_function()
         cls = type(self)
         if not getattr(cls.step, "hidden_from_dynamo", False):
-            cls.step = torch._disable_dynamo(cls.step)  # type: ignore[method-assign]
+            # The public torch.compiler.disable would import all of dynamo at once.
+            cls.step = torch._compile._disable_dynamo(cls.step)  # type: ignore[assignment]
             cls.step.hidden_from_dynamo = True  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,9 +128,10 @@ class Fused(Optimizer):
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         for p, i in zip(params, ids, strict=True):
             for key, value in saved["state"].get(i, {}).items():
-                if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
-                    if self.state[p][key].dtype != value.dtype:
-                        self.state[p][key] = value.to(p.device)
+                if key == "step" or not isinstance(value, Tensor) or value.is_complex():
+                    continue
+                if self.state[p][key].dtype != value.dtype:
+                    self.state[p][key] = value.to(p.device)
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)
@@ -160,7 +162,7 @@ class Fused(Optimizer):
     def _fall_back(self, unsupported: list[tuple[int, Tensor]]) -> None:
         """Step (group index, parameter) pairs with torch's own implementation."""
         by_group: dict[int, list[Tensor]] = {}
-        # Sparse gradients first: a torch class that refuses them does so before it steps the others.
+        # Sparse gradients first: a torch class that refuses them then does so before any update.
         for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
             self._warn_of_fallback(_cause(self.param_groups[index], p))
             by_group.setdefault(index, []).append(p)

@@ -124,11 +124,9 @@ struct Kind {
 
 constexpr DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
 constexpr Kind kKinds[] = {
-    {{f32, f32, f32, f32, f32}},       {{f64, f64, f64, f64, f64}},
-    {{bf16, bf16, bf16, bf16, bf16}},  {{f16, f16, f16, f16, f16}},
-    {{f32, f32, bf16, bf16, bf16}},    {{f32, bf16, bf16, f32, f16}},
-    {{bf16, f32, f32, bf16, f32}},     {{f16, bf16, f32, f16, bf16}},
-    {{f64, f32, bf16, f16, f32}},
+    {{f32, f32, f32, f32, f32}},   {{f64, f64, f64, f64, f64}},    {{bf16, bf16, bf16, bf16, bf16}},
+    {{f16, f16, f16, f16, f16}},   {{f32, f32, bf16, bf16, bf16}}, {{f32, bf16, bf16, f32, f16}},
+    {{bf16, f32, f32, bf16, f32}}, {{f16, bf16, f32, f16, bf16}},  {{f64, f32, bf16, f16, f32}},
 };
 
 // A rule on streams of some dtypes, with one of two sets of scalars.
@@ -396,9 +394,9 @@ void check_jobs(const std::deque<Work>& all, std::deque<Trial>& wholes, int thre
   for (Trial& trial : trials) jobs.push_back(trial.job());
   fusedopt::run(jobs, threads);
   for (size_t t = 0; t < trials.size(); ++t) {
-    trials[t].check(*expected[t], 0,
-                    "job " + std::to_string(t) + " of many, " + std::to_string(threads) +
-                        " threads");
+    trials[t].check(
+        *expected[t], 0,
+        "job " + std::to_string(t) + " of many, " + std::to_string(threads) + " threads");
   }
 }
 

@@ -69,7 +69,8 @@ inline uint64_t mix(uint64_t x) {
 }
 
 // Element `index` of a stream: most between 2^-12 and 2^3; one in 16 anything at all; one in 16
-// from the edges of the format, which are zeros, subnormals, the largest values, infinities and NaN.
+// from the edges of the format, which are zeros, subnormals, the largest values, infinities and
+// NaN.
 inline uint64_t input(DType dtype, int stream, int64_t index) {
   const Format f = format(dtype);
   const uint64_t random = mix(static_cast<uint64_t>(stream) << 32 | static_cast<uint64_t>(index));
