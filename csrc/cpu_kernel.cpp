@@ -170,7 +170,7 @@ struct Variant<Family, std::index_sequence<kFlag...>> {
     using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
     using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
     constexpr int kScalars = sizeof(F32) / sizeof(float);
-    static_assert(F32::kStates <= kMaxStates && kScalars <= kMaxScalars, "raise the limits");
+    static_assert(F32::kStates <= kMaxStates, "raise kMaxStates");
     return {name, kBits, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
   }
 };

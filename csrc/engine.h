@@ -14,7 +14,6 @@ constexpr int64_t kItemSize[] = {4, 8, 2, 2};
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxStreams = 2 + kMaxStates;
-constexpr int kMaxScalars = 12;
 
 // One array that a job walks, as it is stored.
 struct Stream {

@@ -118,15 +118,15 @@ constexpr Kind kKinds[] = {
 struct Work {
   const Rule* rule;
   const Kind* kind;
-  double scalars[fusedopt::kMaxScalars];
+  std::vector<double> scalars;
   double grad_scale;
 
   Work(const Rule& rule, const Kind& kind, int set) : rule(&rule), kind(&kind) {
-    for (int i = 0; i < fusedopt::kMaxScalars; ++i) {
+    for (int i = 0; i < rule.scalars; ++i) {
       const uint64_t random = mix(static_cast<uint64_t>(1000 * set + i));
       // In [0, 1), where a decay, a beta, an epsilon and a learning rate all make sense.
       const double scalar = std::ldexp(static_cast<double>(random >> 11), -53);
-      scalars[i] = set == 0 ? scalar : std::ldexp(scalar, -static_cast<int>(random % 32));
+      scalars.push_back(set == 0 ? scalar : std::ldexp(scalar, -static_cast<int>(random % 32)));
     }
     grad_scale = set == 0 ? 1 : -0.7;
   }
@@ -241,7 +241,8 @@ class Trial {
 
  private:
   Trial(const Work& work, int64_t numel) : kind_(*work.kind) {
-    job_ = {work.update(), work.scalars, work.grad_scale, numel, work.streams(), {}, nullptr};
+    job_ = {work.update(), work.scalars.data(), work.grad_scale, numel, work.streams(), {},
+            nullptr};
   }
 
   Array& add_array(int s, int64_t numel, int64_t misalignment) {
