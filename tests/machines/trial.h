@@ -27,7 +27,7 @@ using fusedopt::Stream;
 inline int failures = 0;
 
 [[gnu::format(printf, 1, 2)]] inline void fail(const char* message, ...) {
-  if (++failures > 20) return;  // enough to see what they have in common
+  if (++failures > 10) return;  // enough to see what they have in common
   va_list values;
   va_start(values, message);
   std::fputs("FAILED: ", stderr);
