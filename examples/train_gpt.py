@@ -7,7 +7,7 @@ that differs. At the end the script prints both losses, both held-out losses and
 of both optimizers' steps side by side, lets the model write a few lines, and draws a
 picture. If the held-out losses differ by more than rounding, it exits with an error.
 
-    python examples/train_gpt.py                      # AdamW, about two minutes on two cores
+    python examples/train_gpt.py                      # AdamW
     python examples/train_gpt.py --optimizer Lion     # or SGD, Adam, RMSprop
 """
 
