@@ -127,6 +127,7 @@ static void run_piece(const Piece& piece) {
 
 // Asks for the beginning of a piece: the processor finds the rest of each array by itself.
 static void prefetch(const Piece& piece) {
+  if (piece.job->layout) return;  // its elements lie elsewhere
   constexpr int64_t kBytes = 1024;
   for (int s = 0; s < piece.job->stream_count; ++s) {
     const int64_t size = kItemSize[static_cast<int>(piece.job->streams[s].dtype)];

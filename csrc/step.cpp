@@ -127,7 +127,7 @@ StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py:
   }
   entries_.reserve(count);
   jobs_.reserve(count);
-  held_.reserve(count * (kMaxStreams + 1));
+  held_.reserve(count * (kMaxStreams + 2));
 }
 
 void StepPlan::collect() {
@@ -152,7 +152,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
     return;
   }
-  if (g.ndim == 0 || !contiguous(g)) {  // may be a view that torch has yet to negate
+  if (g.numel == 1 || !contiguous(g)) {  // may be a view that torch has yet to negate
     held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
     entry.grad = held_.back().ptr();
     reader_.read(entry.grad, &g, &held_);
@@ -199,6 +199,7 @@ bool StepPlan::read_states(Entry& entry, View* views) {
     throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
                          ", expected a dict; delete opt.state[p] to start anew");
   }
+  held_.push_back(py::reinterpret_borrow<py::object>(entry.state));
   Py_ssize_t cursor = 0;
   if (group.counts_steps) read_step(entry, &cursor);
   bool complete = !group.counts_steps || entry.step;
@@ -379,6 +380,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
   View views[kMaxStreams];
   for (size_t s = 0; s < tensors.size(); ++s) {
     const py::object tensor = tensors[s];
+    held.push_back(tensor);
     if (!reader_.read(tensor.ptr(), &views[s], &held) || !same_shape(views[0], views[s])) {
       throw py::value_error("tensors[" + std::to_string(s) + "] is no CPU tensor of this shape");
     }
