@@ -3,8 +3,8 @@
 // here what must hold on one machine: that an element's result does not depend on how many there
 // are, where they lie or which thread has them, and that nothing else in memory changes.
 //
-//   driver [ISA...]    all that this machine can run, unless some are named; on x86-64, "wide"
-//                      is one more, see wide.cpp. The exit status is 1 if a check failed.
+//   driver [ISA...]    all that this machine can run, unless some are named; "wide" is one more
+//                      in some builds, see wide.cpp. The exit status is 1 if a check failed.
 
 #include <cstdio>
 #include <deque>
@@ -18,7 +18,7 @@
 #include "engine.h"
 #include "trial.h"
 
-#if defined(__x86_64__)
+#if defined(FUSEDOPT_WIDE)
 namespace fusedopt::wide {
 extern const Kernels kKernels;  // no instruction set: see wide.cpp
 }
@@ -190,7 +190,7 @@ int run_all(const std::vector<std::string>& names) {
   std::vector<const Kernels*> chosen;
   if (names.empty()) chosen = fusedopt::available_kernels();
   for (const std::string& isa : names) {
-#if defined(__x86_64__)
+#if defined(FUSEDOPT_WIDE)
     if (isa == "wide") {
       chosen.push_back(&fusedopt::wide::kKernels);
       continue;
