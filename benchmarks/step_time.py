@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fusedopt
-from fusedopt import _base, _core
+from fusedopt import _core, _engine
 from tests.registry import SHAPES
 
 
@@ -155,7 +155,7 @@ def machine() -> dict[str, Any]:
         cpu = names[0].split(":")[1].strip() if names else cpu
     return {
         "cpu": cpu,
-        "isa": _base.engine.isa,
+        "isa": _engine.engine.isa,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "fusedopt": fusedopt.__version__,

@@ -8,6 +8,7 @@ namespace fusedopt {
 struct Piece {
   const Job* job;
   int64_t first, count;
+  int64_t block;  // the number of its first block, counted over all pieces
 };
 
 // Small enough to spread a large tensor over all threads, large enough that a call costs nothing.
@@ -21,21 +22,43 @@ inline int64_t bytes_per_element(const Job& job) {
   return bytes;
 }
 
-// A multiple of 64 elements, so that pieces of an aligned array are aligned to cache lines.
+// A multiple of the block of a norm, so that blocks begin at the same elements for any piece size.
 inline int64_t piece_elements(const Job& job) {
-  return kPieceBytes / bytes_per_element(job) / 64 * 64;
+  return kPieceBytes / bytes_per_element(job) / kNormBlock * kNormBlock;
 }
 
-inline std::vector<Piece> cut(const std::vector<Job>& jobs) {
+// All jobs in pieces, and the pieces in consecutive shares of about equal bytes: share i is
+// [begin[i], begin[i + 1]).
+struct Cut {
   std::vector<Piece> pieces;
-  pieces.reserve(jobs.size());
+  std::vector<size_t> begin;
+  int64_t blocks = 0;  // of a norm, over all pieces
+};
+
+inline Cut cut(const std::vector<Job>& jobs, int shares) {
+  Cut cut;
+  cut.pieces.reserve(jobs.size());
+  int64_t bytes = 0;
   for (const Job& job : jobs) {
     const int64_t length = piece_elements(job);
     for (int64_t first = 0; first < job.numel; first += length) {
-      pieces.push_back({&job, first, job.numel - first < length ? job.numel - first : length});
+      const int64_t count = job.numel - first < length ? job.numel - first : length;
+      cut.pieces.push_back({&job, first, count, cut.blocks});
+      cut.blocks += (count + kNormBlock - 1) / kNormBlock;
     }
+    bytes += job.numel * bytes_per_element(job);
   }
-  return pieces;
+  // A piece belongs to the share in whose equal part of the bytes it begins.
+  int64_t before = 0;
+  for (size_t i = 0; i < cut.pieces.size(); ++i) {
+    while (before >= bytes / shares * static_cast<int64_t>(cut.begin.size()) &&
+           cut.begin.size() < static_cast<size_t>(shares)) {
+      cut.begin.push_back(i);
+    }
+    before += cut.pieces[i].count * bytes_per_element(*cut.pieces[i].job);
+  }
+  cut.begin.resize(static_cast<size_t>(shares) + 1, cut.pieces.size());
+  return cut;
 }
 
 // Calls f(at, offsets, run) for each run along the innermost dimension that elements

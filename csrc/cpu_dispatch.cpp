@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #if defined(_OPENMP)
@@ -13,6 +14,7 @@
 
 #include "chunk.h"
 #include "engine.h"
+#include "overlap.h"
 
 namespace fusedopt {
 
@@ -91,7 +93,7 @@ static void copy_strided(const char* from, int64_t from_stride, char* to, int64_
 }
 
 // A piece of a job with a layout: gathered into small arrays, updated there, scattered back.
-static void run_strided(const Job& job, int64_t first, int64_t count) {
+static void update_strided(const Job& job, double factor, int64_t first, int64_t count) {
   constexpr int64_t kTile = 256;
   alignas(64) char scratch[kMaxStreams][kTile * sizeof(double)];
   Stream tile[kMaxStreams];
@@ -114,25 +116,47 @@ static void run_strided(const Job& job, int64_t first, int64_t count) {
       });
     };
     copy_streams(/*gather=*/true);
-    job.update(job.scalars, job.grad_scale, tile, 0, n);
+    job.update(job.scalars, job.grad_scale * factor, tile, 0, n);
     copy_streams(/*gather=*/false);
   }
 }
 
-static void run_piece(const Piece& piece) {
+static void update_piece(const Piece& piece, double factor) {
   const Job& job = *piece.job;
-  if (job.layout) return run_strided(job, piece.first, piece.count);
-  job.update(job.scalars, job.grad_scale, job.streams, piece.first, piece.count);
+  if (job.layout) return update_strided(job, factor, piece.first, piece.count);
+  job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count);
 }
 
-// Asks for the beginning of a piece: the processor finds the rest of each array by itself.
-static void prefetch(const Piece& piece) {
+// A block of a gradient with a layout, gathered into a small array.
+static void norm_strided(NormBlocks norm, const Job& job, int64_t first, int64_t count,
+                         double* block) {
+  alignas(64) char scratch[kNormBlock * sizeof(double)];
+  const Stream& grad = job.streams[kGrad];
+  const int64_t size = kItemSize[static_cast<int>(grad.dtype)];
+  walk(*job.grad_layout, first, count, [&](int64_t at, const int64_t* offsets, int64_t run) {
+    copy_strided(grad.data + offsets[0] * size, (*job.grad_layout)[0].stride[0],
+                 scratch + at * size, 1, run, size);
+  });
+  norm({scratch, grad.dtype}, 0, count, block);
+}
+
+static void norm_piece(NormBlocks norm, const Piece& piece, double* blocks) {
+  const Job& job = *piece.job;
+  blocks += piece.block;
+  if (!job.grad_layout) return norm(job.streams[kGrad], piece.first, piece.count, blocks);
+  for (int64_t at = 0; at < piece.count; at += kNormBlock) {
+    const int64_t count = std::min(piece.count - at, kNormBlock);
+    norm_strided(norm, job, piece.first + at, count, blocks++);
+  }
+}
+
+// Asks for the beginning of streams [from, to) of a piece; the kernels ask for the rest.
+static void prefetch(const Piece& piece, int from, int to) {
   if (piece.job->layout) return;  // its elements lie elsewhere
-  constexpr int64_t kBytes = 1024;
-  for (int s = 0; s < piece.job->stream_count; ++s) {
+  for (int s = from; s < to; ++s) {
     const int64_t size = kItemSize[static_cast<int>(piece.job->streams[s].dtype)];
     const char* begin = piece.job->streams[s].data + piece.first * size;
-    const char* end = begin + std::min(piece.count * size, kBytes);
+    const char* end = begin + std::min(piece.count * size, kPrefetchBytes);
     for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
   }
 }
@@ -146,33 +170,6 @@ static std::atomic<bool> forked{false};
 static const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Two parameters may be views of the same memory. Their updates then happen in the order of the
-// parameters, as they do one by one.
-static bool parameters_overlap(const std::vector<Job>& jobs) {
-  struct Extent {
-    const char *begin, *end;
-  };
-  std::vector<Extent> extents;
-  extents.reserve(jobs.size());
-  for (const Job& job : jobs) {
-    if (job.numel == 0) continue;
-    const Stream& param = job.streams[kParam];
-    int64_t last = job.numel - 1;
-    if (job.layout) {
-      last = 0;
-      for (const Dim& dim : *job.layout) last += (dim.size - 1) * dim.stride[kParam];
-    }
-    const int64_t size = kItemSize[static_cast<int>(param.dtype)];
-    extents.push_back({param.data, param.data + (last + 1) * size});
-  }
-  std::sort(extents.begin(), extents.end(),
-            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < extents.size(); ++i) {
-    if (extents[i].begin < extents[i - 1].end) return true;
-  }
-  return false;
-}
-
 int useful_threads(const std::vector<Job>& jobs, int threads) {
   // Waking the other threads takes a few microseconds, the time of about this many bytes.
   constexpr int64_t kSerialBytes = 128 * 1024;
@@ -181,40 +178,150 @@ int useful_threads(const std::vector<Job>& jobs, int threads) {
   return bytes < kSerialBytes ? 1 : threads;
 }
 
-void run(const std::vector<Job>& jobs, int threads) {
-#if !defined(_OPENMP)
-  threads = 1;
-#endif
-  if (threads <= 1 || forked || parameters_overlap(jobs)) {
-    for (size_t i = 0; i < jobs.size(); ++i) {
-      if (i + 1 < jobs.size()) prefetch({&jobs[i + 1], 0, jobs[i + 1].numel});
-      run_piece({&jobs[i], 0, jobs[i].numel});
-    }
+// ---- the norm's verdict -------------------------------------------------------------------------
+
+double join(Norm norm, double a, double b) {
+  if (norm != Norm::inf) return a + b;
+  return a > b || a != a ? a : b;  // NaN if either is
+}
+
+static double join_all(Norm norm, const std::vector<double>& blocks) {
+  double sum = 0;
+  for (const double block : blocks) sum = join(norm, sum, block);
+  return sum;
+}
+
+double clip_coefficient(double norm, double max_norm) {
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+Verdict decide(const Scaling& scaling, double sum_of_squares) {
+  Verdict verdict{};
+  verdict.norm = std::sqrt(sum_of_squares) * scaling.unscale;
+  verdict.factor = scaling.unscale * scaling.coefficient;
+  if (scaling.clip) {
+    const double norm = verdict.norm * std::fabs(scaling.coefficient);
+    verdict.factor *= clip_coefficient(norm, scaling.max_norm);
+  }
+  verdict.skipped = scaling.skip_nonfinite && !std::isfinite(verdict.norm);
+  return verdict;
+}
+
+// ---- one parallel region ------------------------------------------------------------------------
+
+// Calls body(thread, count) on each of `count` threads: as many as were asked for, or fewer if the
+// runtime grants no more.
+template <class Body>
+static void in_parallel(int threads, Body body) {
+  (void)threads;
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
+#endif
+  body(0, 1);
+}
+
+// Inside of it: waits until all threads are here, calls f on one, and lets them go on.
+template <class F>
+static void together(F f) {
 #if defined(_OPENMP)
-  const std::vector<Piece> pieces = cut(jobs);
-  // Piece i belongs to the thread in whose equal share of the bytes it begins.
-  std::vector<size_t> begin(static_cast<size_t>(threads) + 1, pieces.size());
-  int64_t total = 0;
-  for (const Job& job : jobs) total += job.numel * bytes_per_element(job);
-  int64_t before = 0;
-  int next = 0;
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    while (next < threads && before >= total / threads * next) begin[next++] = i;
-    before += pieces[i].count * bytes_per_element(*pieces[i].job);
+#pragma omp barrier
+#pragma omp single
+#endif
+  f();
+}
+
+namespace {
+
+// The work of a step in shares, one a thread.
+class Shares {
+ public:
+  Shares(const std::vector<Job>& jobs, int threads, bool backwards)
+      : threads_(threads), backwards_(backwards) {
+#if !defined(_OPENMP)
+    threads_ = 1;
+#endif
+    if (forked) threads_ = 1;
+    if ((threads_ > 1 || backwards_) && any_overlap(jobs)) {
+      threads_ = 1;
+      backwards_ = false;
+    }
+    cut_ = cut(jobs, threads_);
   }
-#pragma omp parallel num_threads(threads)
-  {
-    // The runtime may grant fewer threads than were asked for.
-    for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads()) {
-      for (size_t i = begin[share]; i < begin[share + 1]; ++i) {
-        if (i + 1 < begin[share + 1]) prefetch(pieces[i + 1]);
-        run_piece(pieces[i]);
+
+  int threads() const { return threads_; }
+  int64_t blocks() const { return cut_.blocks; }
+
+  void norms(int thread, int threads, NormBlocks norm, double* blocks) const {
+    for_each_piece(thread, threads, false, [&](const Piece& piece, const Piece* next) {
+      if (next) prefetch(*next, kGrad, kGrad + 1);
+      norm_piece(norm, piece, blocks);
+    });
+  }
+  void updates(int thread, int threads, double factor) const {
+    for_each_piece(thread, threads, backwards_, [&](const Piece& piece, const Piece* next) {
+      if (next) prefetch(*next, 0, next->job->stream_count);
+      update_piece(piece, factor);
+    });
+  }
+
+ private:
+  template <class F>
+  void for_each_piece(int thread, int threads, bool backwards, F f) const {
+    for (int share = thread; share < threads_; share += threads) {
+      const Piece* begin = cut_.pieces.data() + cut_.begin[share];
+      const Piece* end = cut_.pieces.data() + cut_.begin[share + 1];
+      if (backwards) {
+        while (begin < end) f(*--end, end > begin ? end - 1 : nullptr);
+      } else {
+        for (; begin < end; ++begin) f(*begin, begin + 1 < end ? begin + 1 : nullptr);
       }
     }
   }
-#endif
+
+  int threads_;
+  bool backwards_;
+  Cut cut_;
+};
+
+}  // namespace
+
+double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
+  const Shares shares(jobs, threads, false);
+  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
+  in_parallel(shares.threads(), [&](int thread, int count) {
+    shares.norms(thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
+  });
+  return join_all(norm, blocks);
+}
+
+void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
+  const Shares shares(jobs, threads, false);
+  in_parallel(shares.threads(),
+              [&](int thread, int count) { shares.updates(thread, count, factor); });
+}
+
+Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
+            const Scaling& scaling) {
+  if (!scaling.needs_norm()) {
+    const double factor = scaling.unscale * scaling.coefficient;
+    run_updates(jobs, threads, factor);
+    return {0, factor, false};
+  }
+  // Backwards, the updates begin with the gradients that the norm has just read.
+  const Shares shares(jobs, threads, /*backwards=*/true);
+  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
+  Verdict verdict{};
+  in_parallel(shares.threads(), [&](int thread, int count) {
+    shares.norms(thread, count, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
+    together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
+    if (!verdict.skipped) shares.updates(thread, count, verdict.factor);
+  });
+  return verdict;
 }
 
 }  // namespace fusedopt

@@ -35,8 +35,14 @@ constexpr int kVectorBytes = 16;
 #include "rules.h"
 #include "vec.h"
 
-// ---- one rule over arrays that V can load
-// --------------------------------------------------------
+// ---- one rule over arrays that V can load -------------------------------------------------------
+
+// Asks for what lies a fixed distance after `at`; at the end of an array of n, for nothing new.
+template <class Stored>
+FUSEDOPT_FN void prefetch(const Stored* from, int64_t at, int64_t n) {
+  const int64_t ahead = at + kPrefetchBytes / int64_t{sizeof(Stored)};
+  __builtin_prefetch(from + (ahead < n ? ahead : at));
+}
 
 template <class V, class T, class Stored, class Rule>
 FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n) {
@@ -52,6 +58,7 @@ FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, i
   };
   int64_t i = 0;
   for (; i + V::kLanes <= n; i += V::kLanes) {
+    for (int s = 0; s < kFirstState + Rule::kStates; ++s) prefetch(streams[s], i, n);
     step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
   }
   if (i < n) {
@@ -90,13 +97,16 @@ void encode_tile(const T* from, Stream to, int64_t first, int64_t n) {
   }
 }
 
+template <class T>
+T round_scalar(double scalar) {
+  const T rounded = static_cast<T>(scalar);
+  return rounded != rounded ? std::numeric_limits<T>::quiet_NaN() : rounded;  // no payload
+}
+
 template <class T, class Rule>
 Rule fold(const double* scalars) {
   T rounded[sizeof(Rule) / sizeof(T)];
-  for (T& scalar : rounded) {
-    scalar = static_cast<T>(*scalars++);
-    if (scalar != scalar) scalar = std::numeric_limits<T>::quiet_NaN();  // whatever its payload
-  }
+  for (T& scalar : rounded) scalar = round_scalar<T>(*scalars++);
   Rule rule;
   std::memcpy(&rule, rounded, sizeof(rule));
   return rule;
@@ -134,7 +144,7 @@ template <class T, class Rule>
 void update(const double* scalars, double grad_scale, const Stream* streams, int64_t first,
             int64_t count) {
   const Rule rule = fold<T, Rule>(scalars);
-  const T scale = static_cast<T>(grad_scale);
+  const T scale = round_scalar<T>(grad_scale);
   const auto all_are = [streams](DType dtype) {
     for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
       if (streams[s].dtype != dtype) return false;
@@ -157,6 +167,66 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
 #endif
   }
   update_in_tiles(rule, scale, streams, first, count);
+}
+
+// ---- norms --------------------------------------------------------------------------------------
+
+// Element i of a block is added to lane i % kNormLanes, whatever a register holds.
+constexpr int kNormLanes = 16;
+
+struct SumOfSizes {
+  static Vec<double> add(Vec<double> sum, Vec<double> x) { return sum + abs(x); }
+  static double join(double a, double b) { return a + b; }
+};
+struct SumOfSquares {
+  static Vec<double> add(Vec<double> sum, Vec<double> x) { return sum + x * x; }
+  static double join(double a, double b) { return a + b; }
+};
+struct Largest {
+  static Vec<double> add(Vec<double> largest, Vec<double> x) { return max(largest, abs(x)); }
+  static double join(double a, double b) { return a > b || a != a ? a : b; }
+};
+
+template <class Sum, class T>
+double norm_block(const T* x, int64_t n) {
+  constexpr int kVectors = kNormLanes / Vec<double>::kLanes;
+  Vec<double> sums[kVectors] = {};
+  const auto add = [&](const T* from) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] = Sum::add(sums[v], load_as_double(from + v * Vec<double>::kLanes));
+    }
+  };
+  int64_t i = 0;
+  for (; i + kNormLanes <= n; i += kNormLanes) {
+    prefetch(x, i, n);
+    add(x + i);
+  }
+  T padded[kNormLanes] = {};
+  std::memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(T));
+  add(padded);
+  double lanes[kNormLanes];
+  for (int v = 0; v < kVectors; ++v) sums[v].store(lanes + v * Vec<double>::kLanes);
+  for (int half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] = Sum::join(lanes[l], lanes[l + half]);
+  }
+  return lanes[0];
+}
+
+template <class Sum>
+void norm_blocks(const Stream& stream, int64_t first, int64_t count, double* blocks) {
+  float decoded[kNormBlock];
+  for (const int64_t end = first + count; first < end; first += kNormBlock) {
+    const int64_t n = end - first < kNormBlock ? end - first : kNormBlock;
+    switch (stream.dtype) {
+      case DType::f32:
+        *blocks++ = norm_block<Sum>(reinterpret_cast<const float*>(stream.data) + first, n);
+        break;
+      case DType::f64:
+        *blocks++ = norm_block<Sum>(reinterpret_cast<const double*>(stream.data) + first, n);
+        break;
+      default: decode_tile(stream, first, decoded, n); *blocks++ = norm_block<Sum>(decoded, n);
+    }
+  }
 }
 
 // ---- the table: every rule with every combination of its flags ----------------------------------
@@ -202,8 +272,12 @@ constexpr Table kTable = make_table();
 }  // namespace
 
 extern const Kernels kKernels;
-constexpr Kernels kKernels = {FUSEDOPT_NAME(FUSEDOPT_ISA), kVectorBytes, kTable.rules,
-                              kTable.count};
+constexpr Kernels kKernels = {
+    FUSEDOPT_NAME(FUSEDOPT_ISA),
+    kVectorBytes,
+    kTable.rules,
+    kTable.count,
+    {norm_blocks<SumOfSizes>, norm_blocks<SumOfSquares>, norm_blocks<Largest>}};
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt

@@ -1,5 +1,5 @@
-// What the engine is asked to do, without Python: jobs, and the table of kernels that an
-// instruction set offers for them.
+// What the engine is asked to do, without Python: jobs, what to do to their gradients before, and
+// the table of kernels that an instruction set offers.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +27,10 @@ enum { kParam, kGrad, kFirstState };  // the order of a job's streams
 using Update = void (*)(const double* scalars, double grad_scale, const Stream* streams,
                         int64_t first, int64_t count);
 
+// How far ahead of its elements a kernel asks for memory, in each stream: with the hardware's
+// prefetching alone, a step out of cache took 13 % longer (benchmarks/NOTES.md).
+constexpr int64_t kPrefetchBytes = 2048;
+
 struct Rule {
   const char* name;
   int flags;  // bit i is the rule's i-th bool parameter
@@ -34,11 +38,21 @@ struct Rule {
   Update update_f32, update_f64;  // by compute precision
 };
 
+// What a norm adds up: |x|, x * x, or the largest |x|. In double, over blocks of kNormBlock
+// elements, which are then joined in their order: the same bits on every instruction set and for
+// any number of threads. With NaN among the elements the result is NaN.
+enum class Norm : uint8_t { one, two, inf };
+constexpr int64_t kNormBlock = 4096;
+
+// Writes to `blocks` what the norm adds up over each block of elements [first, first + count).
+using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, double* blocks);
+
 struct Kernels {
   const char* isa;
   int vector_bytes;
   const Rule* rules;
   int rule_count;
+  NormBlocks norms[3];  // by Norm
 };
 
 // Where elements lie in streams that cannot all be walked as one array: dimensions from the
@@ -56,7 +70,8 @@ struct Job {
   int64_t numel;
   int stream_count;
   Stream streams[kMaxStreams];
-  const Layout* layout;  // null: every stream is one array of numel elements
+  const Layout* layout;       // null: every stream is one array of numel elements
+  const Layout* grad_layout;  // of the gradient in stride[0], in its own order; null: one array
 };
 
 // The kernels that this machine can run, best first.
@@ -66,9 +81,41 @@ const Kernels& kernels_named(const std::string& isa);
 // The named rule with these flags; std::runtime_error if there is none.
 const Rule& find_rule(const Kernels& kernels, const std::string& name, int flags);
 
+// What a step does to all gradients before the rules see them. Clipping and the check for
+// non-finite gradients need the 2-norm of all gradients times `unscale`.
+struct Scaling {
+  double unscale = 1;      // the gradients are those of a loss times 1 / unscale
+  double coefficient = 1;  // one more factor, decided elsewhere
+  bool clip = false;       // so that the norm of what the rules see is at most max_norm
+  double max_norm = 0;
+  bool skip_nonfinite = false;  // no update if the norm is infinite or NaN
+
+  bool needs_norm() const { return clip || skip_nonfinite; }
+};
+
+// What the norm decides.
+struct Verdict {
+  double norm;    // of all gradients, before clipping
+  double factor;  // of every gradient
+  bool skipped;
+};
+Verdict decide(const Scaling& scaling, double sum_of_squares);
+// min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it.
+double clip_coefficient(double norm, double max_norm);
+
+// Two sums of a norm as one.
+double join(Norm norm, double a, double b);
+
 // How many of `threads` threads are worth waking for these jobs.
 int useful_threads(const std::vector<Job>& jobs, int threads);
-// Runs all jobs in one parallel region; the result does not depend on the number of threads.
-void run(const std::vector<Job>& jobs, int threads);
+
+// Each of these is one parallel region, and the results do not depend on the number of threads:
+// what the norm adds up over the gradients of all jobs;
+double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads);
+// all updates, of gradients times `factor`;
+void run_updates(const std::vector<Job>& jobs, int threads, double factor);
+// the 2-norm, then, unless it is to be skipped, all updates.
+Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
+            const Scaling& scaling);
 
 }  // namespace fusedopt

@@ -5,6 +5,7 @@
 #include "rules/adam.h"
 #include "rules/lion.h"
 #include "rules/rmsprop.h"
+#include "rules/scale.h"
 #include "rules/sgd.h"
 
 // X(name, Rule, number of bool flags)
@@ -13,4 +14,5 @@
   X("sgd_momentum", SgdMomentum, 2) \
   X("adam", Adam, 2)                \
   X("rmsprop", RmsProp, 3)          \
-  X("lion", Lion, 0)
+  X("lion", Lion, 0)                \
+  X("scale", Scale, 0)

@@ -1,371 +1,123 @@
 #include "step.h"
 
-#include <pybind11/stl.h>
+#include <limits>
 
-#include <deque>
+#include "plan.h"
 
 namespace fusedopt {
-
-namespace {
-
-// What one param group asks for: fusedopt._base.Group, read once a step.
-struct Group {
-  Group(const Kernels& kernels, py::handle source)
-      : params(source.attr("params")),
-        names(source.attr("names")),
-        has_kernel(py::cast<bool>(source.attr("has_kernel"))),
-        rule(find_rule(kernels, py::cast<std::string>(source.attr("rule")),
-                       py::cast<int>(source.attr("flags")))),
-        states(py::cast<std::vector<py::str>>(source.attr("states"))),
-        counts_steps(py::cast<bool>(source.attr("counts_steps"))),
-        grad_scale(py::cast<double>(source.attr("grad_scale"))),
-        scalars(source.attr("scalars")),
-        create_state(source.attr("create_state")) {
-    if (static_cast<int>(states.size()) != rule.states) {
-      throw std::logic_error(std::string("rule ") + rule.name + " has another number of states");
-    }
-  }
-
-  py::list params;
-  py::object names;
-  bool has_kernel;
-  const Rule& rule;
-  std::vector<py::str> states;
-  bool counts_steps;
-  double grad_scale;
-  py::object scalars, create_state;
-};
-
-// One parameter that has a gradient and a kernel. The objects live in the group and in `held_`.
-struct Entry {
-  const Group* group;
-  Py_ssize_t index;
-  PyObject *param, *grad;
-  PyObject* state = nullptr;       // its dict; null while it has none
-  PyObject* step = nullptr;        // state["step"]; null while there is none
-  TensorReader::Count count = {};  // its memory; null where it is a plain number
-  double t = 1;                    // the number of this step
-};
-
-class StepPlan {
- public:
-  StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-           const py::sequence& groups);
-
-  // The parts of a step, in order: whatever can fail comes before whatever changes something.
-  void collect();
-  void fold_scalars();
-  void bump_versions() const;
-  void create_missing_states();
-  void advance_step_counts();
-
-  const std::vector<Job>& jobs() const { return jobs_; }
-  py::list unsupported;  // [(group index, parameter), ...]
-
- private:
-  void collect(const Group& group, int group_index, Py_ssize_t index);
-  bool read_states(Entry& entry, View* views);
-  void read_step(Entry& entry, Py_ssize_t* cursor);
-  const double* fold(const Entry& entry);
-  Job make_job(const Entry& entry, const View* views);
-  std::string name(const Entry& entry, const std::string& what) const;
-
-  const TensorReader& reader_;
-  const py::dict& state_;
-  Py_ssize_t state_cursor_ = 0;
-  std::deque<Group> groups_;
-  std::vector<Entry> entries_;
-  std::vector<Job> jobs_;           // one an entry
-  std::vector<size_t> incomplete_;  // entries that lack some state
-  Held held_;
-  std::deque<std::vector<double>> scalars_;
-  std::deque<Layout> layouts_;
-};
-
-PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
-// What an object is, for a message.
-std::string type_text(PyObject* object) {
-  const auto self = py::reinterpret_borrow<py::object>(object);
-  const auto text = [&](const char* attribute) {
-    return py::cast<std::string>(py::str(self.attr(attribute)));
-  };
-  if (!py::hasattr(self, "layout") || !py::hasattr(self, "device")) {
-    return py::cast<std::string>(py::repr(self));
-  }
-  return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
-         text("device");
-}
-
-// ---- messages -----------------------------------------------------------------------------------
-
-// For example: exp_avg of params[3] ('layer.weight') of group 1
-std::string StepPlan::name(const Entry& entry, const std::string& what) const {
-  std::string text =
-      what + (what.empty() ? "" : " of ") + "params[" + std::to_string(entry.index) + "]";
-  const py::object& names = entry.group->names;
-  if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
-    text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
-  }
-  if (groups_.size() > 1) {
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      if (&groups_[i] == entry.group) text += " of group " + std::to_string(i);
-    }
-  }
-  return text;
-}
-
-// ---- gathering and validation -------------------------------------------------------------------
-
-StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-                   const py::sequence& groups)
-    : reader_(reader), state_(state) {
-  size_t count = 0;
-  for (const py::handle group : groups) {
-    groups_.emplace_back(kernels, group);
-    count += groups_.back().params.size();
-  }
-  entries_.reserve(count);
-  jobs_.reserve(count);
-  held_.reserve(count * (kMaxStreams + 2));
-}
-
-void StepPlan::collect() {
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    const auto count = static_cast<Py_ssize_t>(groups_[g].params.size());
-    for (Py_ssize_t i = 0; i < count; ++i) collect(groups_[g], static_cast<int>(g), i);
-  }
-}
-
-void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
-  Entry entry{&group, index, PyList_GET_ITEM(group.params.ptr(), index), nullptr};
-  py::object grad = reader_.grad(entry.param);
-  if (grad.is_none()) return;
-  entry.grad = grad.ptr();
-  held_.push_back(std::move(grad));
-  held_.push_back(py::reinterpret_borrow<py::object>(entry.param));
-
-  View views[kMaxStreams];
-  View &p = views[kParam], &g = views[kGrad];
-  if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
-      !reader_.read(entry.grad, &g, &held_)) {
-    unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
-    return;
-  }
-  if (g.numel == 1 || !contiguous(g)) {  // may be a view that torch has yet to negate
-    held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
-    entry.grad = held_.back().ptr();
-    reader_.read(entry.grad, &g, &held_);
-  }
-  if (!same_shape(p, g)) {
-    throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
-                          shape_text(p) + "; call zero_grad() and compute it again");
-  }
-  if (overlaps_itself(p)) {
-    throw py::value_error(name(entry, "") +
-                          " is an expanded view in which elements share memory; expected every "
-                          "element in a place of its own; pass a clone() of it");
-  }
-  if (read_states(entry, views)) {
-    jobs_.push_back(make_job(entry, views));
-  } else {
-    incomplete_.push_back(entries_.size());
-    jobs_.emplace_back();
-  }
-  entries_.push_back(entry);
-}
-
-// dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
-// the dict with a cursor finds most without hashing; and hash(tensor) is a Python function.
-PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
-  PyObject *at, *value;
-  Py_ssize_t next = *cursor;
-  if (PyDict_Next(dict, &next, &at, &value) && at == key) {
-    *cursor = next;
-    return value;
-  }
-  value = PyDict_GetItemWithError(dict, key);
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// Reads and validates what exists of the entry's state; false if something is missing.
-bool StepPlan::read_states(Entry& entry, View* views) {
-  const Group& group = *entry.group;
-  if (group.rule.states == 0 && !group.counts_steps) return true;
-  entry.state = find(state_.ptr(), entry.param, &state_cursor_);
-  if (!entry.state) return false;
-  if (!PyDict_Check(entry.state)) {
-    throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
-                         ", expected a dict; delete opt.state[p] to start anew");
-  }
-  held_.push_back(py::reinterpret_borrow<py::object>(entry.state));
-  Py_ssize_t cursor = 0;
-  if (group.counts_steps) read_step(entry, &cursor);
-  bool complete = !group.counts_steps || entry.step;
-  for (int s = 0; s < group.rule.states; ++s) {
-    PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor);
-    if (!tensor || tensor == Py_None) {
-      complete = false;
-      continue;
-    }
-    held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-    View& view = views[kFirstState + s];
-    const auto state_name = [&] { return name(entry, std::string(group.states[s])); };
-    if (!reader_.read(tensor, &view, &held_)) {
-      throw py::type_error(state_name() + " is " + type_text(tensor) +
-                           ", expected a strided float32, float64, bfloat16 or float16 tensor on "
-                           "cpu; move it there, or delete opt.state[p] to start anew");
-    }
-    if (!same_shape(views[kParam], view)) {
-      throw py::value_error(state_name() + " has shape " + shape_text(view) + ", expected " +
-                            shape_text(views[kParam]) +
-                            "; load a checkpoint of this model, or delete opt.state[p] to start "
-                            "anew");
-    }
-    if (overlaps_itself(view)) {
-      throw py::value_error(state_name() +
-                            " is an expanded view in which elements share memory; expected every "
-                            "element in a place of its own; store a clone() of it");
-    }
-  }
-  return complete;
-}
-
-void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
-  static PyObject* const step_name = interned("step");
-  entry.step = find(entry.state, step_name, cursor);
-  if (!entry.step) return;
-  held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
-  double steps;
-  if (reader_.read_count(entry.step, &entry.count, &held_)) {
-    steps = entry.count.get();
-  } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
-    steps = PyFloat_AsDouble(entry.step);
-  } else {
-    throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
-                         ", expected a number, or a float32, float64 or int64 tensor on cpu with "
-                         "one element; store the number of steps taken so far");
-  }
-  if (!(steps >= 0)) {
-    throw py::value_error(name(entry, "step") + " is " + std::to_string(steps) +
-                          ", expected 0 or more; store the number of steps taken so far");
-  }
-  entry.t = steps + 1;
-}
-
-// ---- the other parts of a step ------------------------------------------------------------------
-
-// The rule's scalars for one step number, from Python.
-const double* StepPlan::fold(const Entry& entry) {
-  const Group& group = *entry.group;
-  std::vector<double> values;
-  for (const auto& item : py::cast<py::dict>(group.scalars(entry.t))) {
-    values.push_back(py::cast<double>(item.second));
-  }
-  if (static_cast<int>(values.size()) != group.rule.scalars) {
-    throw std::logic_error(std::string("rule ") + group.rule.name +
-                           " has another number of scalars");
-  }
-  scalars_.push_back(std::move(values));
-  return scalars_.back().data();
-}
-
-void StepPlan::fold_scalars() {
-  // A rule that keeps no count only tells a parameter's first step from the others.
-  for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps) entry.t = 2;
-  }
-  for (const size_t i : incomplete_) {
-    if (!entries_[i].group->counts_steps) entries_[i].t = 1;
-  }
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const bool as_before =
-        i > 0 && entries_[i].group == entries_[i - 1].group && entries_[i].t == entries_[i - 1].t;
-    jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
-  }
-}
-
-void StepPlan::bump_versions() const {
-  if (entries_.empty()) return;
-  py::list params(entries_.size());
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    PyList_SET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(entries_[i].param));
-  }
-  py::module_::import("torch.autograd.graph").attr("increment_version")(params);
-}
-
-void StepPlan::create_missing_states() {
-  for (const size_t i : incomplete_) {
-    Entry& entry = entries_[i];
-    entry.group->create_state(py::handle(entry.param));
-    View views[kMaxStreams];
-    if (!reader_.read(entry.param, &views[kParam], &held_) ||
-        !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
-      throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
-    }
-    const double* scalars = jobs_[i].scalars;
-    jobs_[i] = make_job(entry, views);
-    jobs_[i].scalars = scalars;
-  }
-}
-
-void StepPlan::advance_step_counts() {
-  static PyObject* const step_name = interned("step");
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& entry = entries_[i];
-    if (!entry.group->counts_steps) continue;
-    if (!entry.count.data) {
-      const auto next = py::reinterpret_borrow<py::object>(entry.step) + py::int_(1);
-      if (PyDict_SetItem(entry.state, step_name, next.ptr())) throw py::error_already_set();
-      continue;
-    }
-    if (entry.count.get() + 1 != entry.t) {  // the parameter is listed twice: its next step
-      entry.t = entry.count.get() + 1;
-      jobs_[i].scalars = fold(entry);
-    }
-    entry.count.increment();
-  }
-}
-
-Job job_for(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts) {
-  Job job{};
-  job.update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
-  job.grad_scale = grad_scale;
-  job.numel = views[kParam].numel;
-  job.stream_count = kFirstState + rule.states;
-  for (int s = 0; s < job.stream_count; ++s) job.streams[s] = {views[s].data, views[s].dtype};
-  Layout layout = common_layout(views, job.stream_count);
-  if (!layout.empty()) {
-    layouts->push_back(std::move(layout));
-    job.layout = &layouts->back();
-  }
-  return job;
-}
-
-Job StepPlan::make_job(const Entry& entry, const View* views) {
-  return job_for(entry.group->rule, entry.group->grad_scale, views, &layouts_);
-}
-
-}  // namespace
-
-// ---- the engine ---------------------------------------------------------------------------------
 
 Engine::Engine(const std::string& isa, bool fast_gather)
     : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
       reader_(fast_gather) {}
 
-void Engine::step(const py::dict& state, const py::sequence& groups, int threads,
-                  const py::object& fallback) const {
+static Scaling read_scaling(const py::object& source) {
+  Scaling scaling;
+  scaling.unscale = py::cast<double>(source.attr("unscale"));
+  scaling.coefficient = py::cast<double>(source.attr("coefficient"));
+  scaling.skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
+  const py::object max_norm = source.attr("max_norm");
+  scaling.clip = !max_norm.is_none();
+  if (scaling.clip) scaling.max_norm = py::cast<double>(max_norm);
+  return scaling;
+}
+
+std::pair<double, bool> Engine::step(const py::dict& state, const py::sequence& groups, int threads,
+                                     const py::object& scaling_source, const py::object& fallback,
+                                     const py::object& outside) const {
+  Scaling scaling = read_scaling(scaling_source);
+  const bool needs_norm = scaling.needs_norm();
   StepPlan plan(kernels_, reader_, state, groups);
   plan.collect();
   plan.fold_scalars();
-  if (!plan.unsupported.empty()) fallback(plan.unsupported);
-  plan.bump_versions();
+  threads = useful_threads(plan.jobs(), threads);
+
+  Verdict verdict{};
+  const bool needs_python =
+      plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
+  if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
+    const std::vector<Job> jobs = plan.jobs_of_norm();
+    double sum;
+    {
+      py::gil_scoped_release unlocked;
+      sum = run_norm(kernels_, Norm::two, jobs, threads);
+    }
+    if (!plan.outside.empty()) sum += py::cast<double>(outside(plan.outside));
+    verdict = decide(scaling, sum);
+    if (verdict.skipped) return {verdict.norm, true};
+    scaling = {};
+    scaling.coefficient = verdict.factor;
+  }
+  if (!plan.unsupported.empty()) {
+    fallback(plan.unsupported, scaling.unscale * scaling.coefficient);
+  }
   plan.create_missing_states();
-  plan.advance_step_counts();
-  py::gil_scoped_release unlocked;
-  run(plan.jobs(), useful_threads(plan.jobs(), threads));
+  {
+    py::gil_scoped_release unlocked;
+    const Verdict last = run(kernels_, plan.jobs(), threads, scaling);
+    if (scaling.needs_norm()) verdict = last;
+    if (!verdict.skipped) plan.advance_counts();
+  }
+  if (!verdict.skipped) {
+    plan.advance_plain_counts();
+    plan.bump_versions();
+  }
+  return {needs_norm ? verdict.norm : std::numeric_limits<double>::quiet_NaN(), verdict.skipped};
+}
+
+std::pair<double, py::list> Engine::norm(const py::sequence& tensors, double order,
+                                         int threads) const {
+  const Norm norm = order == 1 ? Norm::one : order == 2 ? Norm::two : Norm::inf;
+  Held held;
+  std::deque<Layout> layouts;
+  std::vector<Job> jobs;
+  py::list others;
+  for (const py::handle each : tensors) {
+    auto tensor = py::reinterpret_borrow<py::object>(each);
+    held.push_back(tensor);
+    View view;
+    if (reader_.read(tensor.ptr(), &view, &held) && !view.is_local_part) {
+      jobs.push_back(norm_job(view, &layouts));
+    } else {
+      others.append(tensor);
+    }
+  }
+  double sum;
+  {
+    py::gil_scoped_release unlocked;
+    sum = run_norm(kernels_, norm, jobs, useful_threads(jobs, threads));
+  }
+  return {sum, others};
+}
+
+py::list Engine::scale(const py::sequence& tensors, double factor, int threads) const {
+  const Rule& rule = find_rule(kernels_, "scale", 0);
+  Held held;
+  std::deque<Layout> layouts;
+  std::vector<Job> jobs;
+  py::list others;
+  for (const py::handle each : tensors) {
+    auto tensor = py::reinterpret_borrow<py::object>(each);
+    held.push_back(tensor);
+    View view;
+    if (reader_.read(tensor.ptr(), &view, &held)) {
+      if (overlaps_itself(view)) {
+        throw py::value_error(
+            "a gradient of shape " + shape_text(view) +
+            " is a view in which elements share memory; expected every element in a place of its "
+            "own; assign a clone() of it");
+      }
+      const View views[] = {view, view};
+      jobs.push_back(update_job(rule, 1, views, &layouts));
+      jobs.back().scalars = &factor;
+    } else {
+      others.append(tensor);
+    }
+  }
+  {
+    py::gil_scoped_release unlocked;
+    run_updates(jobs, useful_threads(jobs, threads), 1);
+  }
+  return others;
 }
 
 void Engine::update(const std::string& rule_name, int flags, const std::vector<double>& scalars,
@@ -386,10 +138,10 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     }
   }
   std::deque<Layout> layouts;
-  std::vector<Job> jobs{job_for(rule, grad_scale, views, &layouts)};
+  std::vector<Job> jobs{update_job(rule, grad_scale, views, &layouts)};
   jobs[0].scalars = scalars.data();
   py::gil_scoped_release unlocked;
-  run(jobs, threads);
+  run_updates(jobs, threads, 1);
 }
 
 }  // namespace fusedopt

@@ -1,6 +1,7 @@
-// One optimizer step, from Python objects to jobs and back: all gathering, all validation, all
-// messages.
+// What Python calls: steps and norms.
 #pragma once
+
+#include <utility>
 
 #include "tensors.h"
 
@@ -11,15 +12,26 @@ class Engine {
   // isa: a name from available_kernels(), or empty for the best.
   Engine(const std::string& isa, bool fast_gather);
 
-  // Steps every parameter that has a gradient. `groups` are fusedopt._base.Group; `state` is the
-  // optimizer's. Parameters without a kernel go to fallback([(group index, parameter), ...]).
-  // Everything is validated before anything changes.
-  void step(const py::dict& state, const py::sequence& groups, int threads,
-            const py::object& fallback) const;
+  // Steps every parameter that has a gradient, and returns (norm, skipped). `groups` are
+  // fusedopt._base.Group, `scaling` is a fusedopt._base.Scaling, `state` is the optimizer's.
+  //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
+  //     their gradients times factor;
+  //   outside(gradients) returns the sum of squares of gradients that need Python for it.
+  // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
+  std::pair<double, bool> step(const py::dict& state, const py::sequence& groups, int threads,
+                               const py::object& scaling, const py::object& fallback,
+                               const py::object& outside) const;
 
-  // Applies one rule to streams [param, grad, *states] on exactly `threads` threads: for tests.
+  // What the norm of order 1, 2 or infinity adds up over the tensors, and those of them that it
+  // needs Python for: they are not in it.
+  std::pair<double, py::list> norm(const py::sequence& tensors, double order, int threads) const;
+
+  // Applies one rule to streams [param, grad, *states] on exactly `threads` threads.
   void update(const std::string& rule, int flags, const std::vector<double>& scalars,
               double grad_scale, const py::sequence& tensors, int threads) const;
+
+  // Multiplies tensors by `factor`, and returns those that it cannot write: they are as before.
+  py::list scale(const py::sequence& tensors, double factor, int threads) const;
 
   const char* isa() const { return kernels_.isa; }
   bool fast_gather() const { return reader_.fast(); }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "chunk.h"
+
 namespace fusedopt {
 
 // ---- the DLPack structs that are needed (dlpack.h, version 1)
@@ -46,8 +48,6 @@ TensorReader::TensorReader(bool fast) {
   if (api) from_py_object_ = api->from_py_object;
 }
 
-static PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
 bool TensorReader::is_plain(PyObject* object) const {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == tensor_.ptr() || type == parameter_.ptr();
@@ -68,18 +68,22 @@ py::object TensorReader::grad(PyObject* param) const {
   return grad.attr("redistribute")(py::arg("placements") = self.attr("placements"));
 }
 
+py::object TensorReader::local_part(PyObject* object) const {
+  static PyObject* const local_tensor = PyUnicode_InternFromString("_local_tensor");
+  auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
+  if (!local) PyErr_Clear();
+  return local;
+}
+
 bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
   if (!is_plain(object)) {
     if (!PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) {
       return false;
     }
-    static PyObject* const local_tensor = interned("_local_tensor");
-    const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
-    if (local) {
+    if (py::object local = local_part(object)) {
       held->push_back(local);
       return read_dltensor(local.ptr(), tensor, held);
     }
-    PyErr_Clear();
   }
   if (!from_py_object_) return read_attributes(object, tensor, held);
   if (from_py_object_(object, tensor) == 0) return true;
@@ -126,6 +130,15 @@ static char* data_of(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
+static bool is_contiguous(const DLTensor& tensor) {
+  int64_t expected = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    if (tensor.strides[d] != expected) return false;
+    expected *= tensor.shape[d];
+  }
+  return true;
+}
+
 static bool on_cpu(const DLTensor& tensor) {
   return tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
 }
@@ -152,6 +165,8 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
   view->ndim = tensor.ndim;
   view->shape = tensor.shape;
   view->strides = tensor.strides;
+  view->contiguous = is_contiguous(tensor);
+  view->is_local_part = !is_plain(object) && local_part(object);
   return numel_of(tensor, &view->numel);
 }
 
@@ -191,39 +206,51 @@ void TensorReader::Count::increment() const {
 
 // ---- layouts ------------------------------------------------------------------------------------
 
-bool overlaps_itself(const View& view) {
-  for (int d = 0; d < view.ndim; ++d) {
-    if (view.strides[d] == 0 && view.shape[d] > 1 && view.numel > 0) return true;
-  }
-  return false;
-}
-
-bool contiguous(const View& view) {
-  int64_t expected = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    if (view.strides[d] != expected) return false;
-    expected *= view.shape[d];
-  }
-  return true;
-}
-
-Layout common_layout(const View* views, int count) {
-  const View& param = views[0];
-  if (param.numel == 0) return {};
-  bool plain = true;
-  for (int s = 0; s < count; ++s) plain = plain && contiguous(views[s]);
-  if (plain) return {};
-
+// The dimensions of more than one element, from the smallest stride of the first view on.
+static Layout dims_by_stride(const View* views, int count) {
   Layout dims;
-  for (int d = param.ndim - 1; d >= 0; --d) {
-    if (param.shape[d] == 1) continue;
-    Dim dim{param.shape[d], {}};
+  for (int d = views[0].ndim - 1; d >= 0; --d) {
+    if (views[0].shape[d] == 1) continue;
+    Dim dim{views[0].shape[d], {}};
     for (int s = 0; s < count; ++s) dim.stride[s] = views[s].strides[d];
     dims.push_back(dim);
   }
-  // The parameter's own order in memory, so that its elements are visited consecutively.
   std::stable_sort(dims.begin(), dims.end(),
-                   [](const Dim& a, const Dim& b) { return a.stride[kParam] < b.stride[kParam]; });
+                   [](const Dim& a, const Dim& b) { return a.stride[0] < b.stride[0]; });
+  return dims;
+}
+
+bool overlaps_itself(const View& view) {
+  if (view.contiguous || view.numel <= 1) return false;
+  const Layout dims = dims_by_stride(&view, 1);
+  // No two can meet if each stride is longer than all that the smaller ones span.
+  int64_t span = 0;
+  bool nested = true;
+  for (const Dim& dim : dims) {
+    nested = nested && dim.stride[0] > span;
+    span += (dim.size - 1) * dim.stride[0];
+  }
+  if (nested) return false;
+  if (view.numel > span + 1) return true;
+  // Strange strides: look at every place.
+  std::vector<bool> taken(static_cast<size_t>(span) + 1);
+  bool twice = false;
+  walk(dims, 0, view.numel, [&](int64_t, const int64_t* offsets, int64_t run) {
+    for (int64_t i = 0; i < run; ++i) {
+      auto place = taken[offsets[0] + i * dims[0].stride[0]];
+      twice = twice || place;
+      place = true;
+    }
+  });
+  return twice;
+}
+
+Layout common_layout(const View* views, int count) {
+  if (views[0].numel == 0) return {};
+  if (std::all_of(views, views + count, [](const View& view) { return view.contiguous; }))
+    return {};
+  // The first view's own order in memory, so that its elements are visited consecutively.
+  const Layout dims = dims_by_stride(views, count);
   // Two dimensions that every stream walks as one become one.
   Layout merged;
   for (const Dim& dim : dims) {

@@ -26,6 +26,8 @@ struct View {
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;
   DType dtype = DType::f32;
+  bool contiguous = false;     // the strides are those of a C array, also where a size is 1
+  bool is_local_part = false;  // of a tensor that several processes share
 };
 
 class TensorReader {
@@ -52,6 +54,7 @@ class TensorReader {
 
  private:
   bool is_plain(PyObject* object) const;
+  py::object local_part(PyObject* object) const;  // of a DTensor; null for any other tensor
   bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
 
@@ -68,10 +71,7 @@ inline bool same_shape(const View& a, const View& b) {
   return true;
 }
 
-// Whether the strides are exactly those of a C array, also where a size is 1.
-bool contiguous(const View& view);
-
-// Whether two elements of the view are certain to share one memory location.
+// Whether two elements of the view share one memory location.
 bool overlaps_itself(const View& view);
 
 // How to walk streams of one shape together; empty if each is one array in the same order.

@@ -46,6 +46,20 @@ struct Vec {
   friend Vec operator*(Vec a, T b) { return {a.lanes * b}; }
 };
 
+// Of a zero of either sign, +0.
+template <class T>
+Vec<T> abs(Vec<T> x) {
+  return Vec<T>{x.lanes < 0 ? -x.lanes : x.lanes} + T(0);
+}
+
+inline Vec<double> load_as_double(const double* from) { return Vec<double>::load(from); }
+inline Vec<double> load_as_double(const float* from) {
+  typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
+  Floats floats;
+  std::memcpy(&floats, from, sizeof(floats));
+  return {__builtin_convertvector(floats, Vec<double>::Lanes)};
+}
+
 // Torch's maximum: a NaN in either argument is the result.
 template <class T>
 Vec<T> max(Vec<T> a, Vec<T> b) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -18,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt import _base, _core
+from fusedopt import _core, _engine
 from tests.registry import CONFIGS, PLAIN_CONFIGS, Config
 
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -150,12 +151,12 @@ def assert_same_state(
 @contextmanager
 def slow_gather() -> Iterator[None]:
     """Read tensors through Python attributes, as where torch lacks the DLPack exchange API."""
-    engine = _base.engine
-    _base.engine = _core.Engine(isa=engine.isa, fast_gather=False)
+    engine = _engine.engine
+    _engine.engine = _core.Engine(isa=engine.isa, fast_gather=False)
     try:
         yield
     finally:
-        _base.engine = engine
+        _engine.engine = engine
 
 
 def run_script(code: str, *, warnings: str = "error", **environment: str) -> str:
@@ -171,6 +172,41 @@ def run_script(code: str, *, warnings: str = "error", **environment: str) -> str
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+TWO_RANKS = """
+import json, os, sys, warnings
+import torch, fusedopt
+import torch.distributed as dist
+
+rank = 0 if (child := os.fork()) else 1
+torch.set_num_threads(1)
+store = "file://" + os.environ["STORE"]
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+{body}
+everyone = [None, None]
+dist.all_gather_object(everyone, results)
+dist.destroy_process_group()
+if rank == 1:
+    os._exit(0)
+os.waitpid(child, 0)
+print(json.dumps(everyone))
+"""
+
+
+def run_two_ranks(body: str, directory: pathlib.Path) -> Any:
+    """Run a script in two processes that talk to each other alone; return what each found.
+
+    It knows its `rank` and leaves what it found, as far as JSON can tell it, in `results`.
+    """
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    output = run_script(
+        TWO_RANKS.replace("{body}", body),
+        warnings="ignore",
+        STORE=str(directory / "file"),
+        GLOO_SOCKET_IFNAME=interface,
+    )
+    return json.loads(output.splitlines()[-1])
 
 
 def threads_of_a_step(numel: int) -> int:

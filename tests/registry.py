@@ -91,6 +91,11 @@ PLAIN_CONFIGS = [
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
+# Clipping.
+NORM_TYPES = [1.0, 2.0, float("inf"), 3.0]
+MAX_NORMS = [0.0, 1e-12, 0.5, 1e6, float("inf")]
+FILLED_SHAPES = [(5,), (3, 4), (), (2, 3, 4)]  # torch has no infinity norm of an empty tensor
+
 
 def _gpt2_shapes() -> list[tuple[int, ...]]:
     width, vocabulary, context = 768, 50257, 1024
@@ -166,10 +171,7 @@ class BadInput(NamedTuple):
 _SGD, _ADAM = Config("SGD", {"lr": 0.1, "momentum": 0.9}), Config("Adam", {})
 _WEIGHT = "params[1] ('layer.weight') of group 1"
 _NEW_GRADIENT = "call zero_grad() and compute it again"
-_EXPANDED = (
-    "is an expanded view in which elements share memory; expected every element in a place of its "
-    "own;"
-)
+_SHARED = "is a view in which elements share memory; expected every element in a place of its own;"
 _CHECKPOINT = "load a checkpoint of this model, or delete opt.state[p] to start anew"
 _TENSOR = (
     "expected a strided float32, float64, bfloat16 or float16 tensor on cpu; move it there, or "
@@ -209,7 +211,14 @@ BAD_INPUTS = [
         Config("Lion", {}),
         _data(torch.ones(4).expand(8, 4)),
         ValueError,
-        f"{_WEIGHT} {_EXPANDED} pass a clone() of it",
+        f"{_WEIGHT} {_SHARED} pass a clone() of it",
+    ),
+    BadInput(
+        "parameter-overlapping",
+        _ADAM,
+        _data(torch.ones(40).as_strided((8, 4), (3, 1))),
+        ValueError,
+        f"{_WEIGHT} {_SHARED} pass a clone() of it",
     ),
     BadInput(
         "state-shape",
@@ -223,7 +232,15 @@ BAD_INPUTS = [
         _SGD,
         _store("momentum_buffer", torch.ones(8, 1).expand(8, 4)),
         ValueError,
-        f"momentum_buffer of {_WEIGHT} {_EXPANDED} store a clone() of it",
+        f"momentum_buffer of {_WEIGHT} {_SHARED} store a clone() of it",
+    ),
+    BadInput(
+        "state-negated",
+        Config("Lion", {}),
+        _store("exp_avg", torch.ones(8, 4, dtype=torch.complex64).conj().imag),
+        ValueError,
+        f"exp_avg of {_WEIGHT} is a view that torch has yet to negate; expected memory with the "
+        "values themselves; store resolve_neg() of it",
     ),
     BadInput(
         "state-dtype",
@@ -282,12 +299,21 @@ BAD_INPUTS = [
             ),
             *(
                 (
-                    f"{type(value).__name__}-{value}",
+                    f"{type(value).__name__}-{number}",
                     value,
                     ValueError,
-                    f"{float(value):f}, expected 0 or more; store the number of steps taken so far",
+                    f"{number:f}, expected a finite number, 0 or more; store the number of steps "
+                    "taken so far",
                 )
-                for value in (-1, -1.0, float("nan"), torch.tensor(-1.0), torch.tensor(-1))
+                for value, number in [
+                    (-1, -1.0),
+                    (-1.0, -1.0),
+                    (float("nan"), float("nan")),
+                    (torch.tensor(-1.0), -1.0),
+                    (torch.tensor(-1), -1.0),
+                    (10**400, float("inf")),
+                    (torch.tensor(float("inf")), float("inf")),
+                ]
             ),
         ]
     ),

@@ -7,7 +7,6 @@ import copy
 import functools
 import inspect
 import io
-import json
 import logging
 import os
 import pickle
@@ -40,6 +39,7 @@ from tests.helpers import (
     oracle,
     parameters,
     run_script,
+    run_two_ranks,
     set_gradients,
     slow_gather,
     squares,
@@ -883,16 +883,9 @@ def test_dtensors(config: Config, shard: bool, mesh: Any, gather: str) -> None:
 
 
 TWO_RANKS = """
-import json, os, sys, warnings
-import torch, fusedopt
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-rank = 0 if (child := os.fork()) else 1
-torch.set_num_threads(1)
-store = "file://" + os.environ["STORE"]
-dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 
 def stepped(cls, **kwargs):
@@ -915,25 +908,13 @@ results = {
     "partial": [stepped(fusedopt.SGD), stepped(fusedopt.AdamW), stepped(fusedopt.Lion)],
     "empty": empty_shard(),
 }
-everyone = [None, None]
-dist.all_gather_object(everyone, results)
-dist.destroy_process_group()
-if rank == 1:
-    os._exit(0)
-os.waitpid(child, 0)
-print(json.dumps(everyone))
 """
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each of two processes saw."""
-    store = tmp_path_factory.mktemp("store") / "file"
-    interface = "lo0" if sys.platform == "darwin" else "lo"
-    output = run_script(
-        TWO_RANKS, warnings="ignore", STORE=str(store), GLOO_SOCKET_IFNAME=interface
-    )
-    return json.loads(output.splitlines()[-1])
+    return run_two_ranks(TWO_RANKS, tmp_path_factory.mktemp("store"))
 
 
 def test_dtensor_gradients_are_reduced_to_the_placement_of_the_parameter(two_ranks: Any) -> None:

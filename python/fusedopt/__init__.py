@@ -7,6 +7,9 @@ import torch as _torch  # noqa: F401  (first: the engine shares the OpenMP runti
 from fusedopt import _core
 from fusedopt.adam import Adam as Adam
 from fusedopt.adam import AdamW as AdamW
+from fusedopt.amp import GradScaler as GradScaler
+from fusedopt.clip import clip_grad_norm_ as clip_grad_norm_
+from fusedopt.clip import get_total_norm as get_total_norm
 from fusedopt.lion import Lion as Lion
 from fusedopt.rmsprop import RMSprop as RMSprop
 from fusedopt.sgd import SGD as SGD

@@ -12,7 +12,7 @@ import torch
 
 import fusedopt
 from fusedopt import _core
-from fusedopt._base import engine
+from fusedopt._engine import engine
 
 
 def report() -> str:

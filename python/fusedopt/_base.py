@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt import _core
-
-engine = _core.Engine(isa=os.environ.get("FUSEDOPT_ISA", ""))
+from fusedopt import _core, _engine, clip
 
 
 class Rule(NamedTuple):
@@ -31,7 +29,7 @@ class Rule(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One param group in one step, as csrc/step.cpp reads it."""
+    """One param group in one step, as csrc/plan.cpp reads it."""
 
     params: list[Tensor]
     names: list[str] | None
@@ -45,9 +43,25 @@ class Group(NamedTuple):
     create_state: Callable[[Tensor], None]
 
 
-def number(x: float | Tensor) -> float:
-    """Return a hyper-parameter, which may be a one-element tensor, as a float."""
-    return float(x.item() if isinstance(x, Tensor) else x)
+class Scaling(NamedTuple):
+    """What a step does to all gradients before the rules see them, as csrc/step.cpp reads it."""
+
+    unscale: float = 1.0
+    """One over the scale of the loss."""
+    coefficient: float = 1.0
+    """One more factor, from `Fused.clip_grad_norm_`."""
+    max_norm: float | None = None
+    """Clip to this norm."""
+    skip_nonfinite: bool = False
+    """Update nothing if the norm is infinite or NaN."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every fused optimizer; see `Fused`."""
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    amp_scaling: bool
 
 
 class Fused(Optimizer):
@@ -55,7 +69,56 @@ class Fused(Optimizer):
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
     the rule's scalars (`_scalars`); `reference` is the same rule in plain operators.
+
+    Args:
+        *args: the torch class's.
+        max_grad_norm: clip the gradients of each step, all groups together, to this 2-norm:
+            multiply them by ``min(1, max_grad_norm / (norm + 1e-6))`` inside the update. ``p.grad``
+            is not modified. ``inf`` computes `grad_norm` and clips nothing.
+        skip_nonfinite: a step whose gradients have an infinite or NaN norm changes nothing, and
+            counts in `skipped_steps`.
+        amp_scaling: let `torch.amp.GradScaler` leave the unscaling of gradients to the step.
+        **kwargs: the torch class's.
+
+    Raises:
+        ValueError: max_grad_norm is negative or NaN.
     """
+
+    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys.
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    amp_scaling: bool = False
+    skipped_steps: int = 0
+    """How many steps were skipped: non-finite gradients, or a GradScaler that found some."""
+
+    _norm: float | None = None  # what grad_norm returns
+    # From clip_grad_norm_, for the next step.
+    _next_norm: float | None = None
+    _coefficient: float = 1.0
+    _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
+
+    def __init__(
+        self,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None:
+            clip.valid_max_norm(max_grad_norm, "max_grad_norm")
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.amp_scaling = amp_scaling
+        super().__init__(*args, **kwargs)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("max_grad_norm", "skip_nonfinite", "amp_scaling", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
@@ -67,14 +130,7 @@ class Fused(Optimizer):
         """
         raise NotImplementedError
 
-    # Gradients are scaled by the loss in `step` only when this is set: GradScaler then unscales.
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return False
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignore what torch's constructors set for ``fused=True``."""
+    # ---- the step ----------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -98,9 +154,35 @@ class Fused(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [self._engine_group(group) for group in self.param_groups]
-        engine.step(self.state, groups, torch.get_num_threads(), self._fall_back)
+        scaling = self._scaling()
+        if _engine.number(getattr(self, "found_inf", None) or 0.0) != 0:
+            norm, skipped = self._norm_of_gradients(scaling), True
+        else:
+            groups = [self._engine_group(group) for group in self.param_groups]
+            norm, skipped = _engine.engine.step(
+                self.state,
+                groups,
+                torch.get_num_threads(),
+                scaling,
+                self._fall_back,
+                lambda gradients: clip.power_sum(gradients, 2),
+            )
+        asked = scaling.max_norm is not None or self.skip_nonfinite
+        self._norm = norm if asked else self._next_norm
+        self._forget_clipping()
+        self._skipped = skipped
+        self.skipped_steps += skipped
         return loss
+
+    def _scaling(self) -> Scaling:
+        scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
+        norm = self.max_grad_norm
+        return Scaling(
+            unscale=1.0 if scale is None else 1.0 / _engine.number(scale),
+            coefficient=self._coefficient,
+            max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
+            skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
+        )
 
     def _patch_step_function(self) -> None:
         """Hook `step` as torch does, and hide it from dynamo hooks and all: they make it warn."""
@@ -111,6 +193,94 @@ class Fused(Optimizer):
             cls.step = torch._compile._disable_dynamo(cls.step)  # type: ignore[assignment]
             cls.step.hidden_from_dynamo = True  # type: ignore[attr-defined]
 
+    # ---- clipping and scaling ----------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients before clipping, unscaled, that was computed last.
+
+        A 0-dim float32 tensor on the parameters' device; None if nothing asked for the norm of the
+        last step: neither ``max_grad_norm``, nor ``skip_nonfinite``, nor `clip_grad_norm_`.
+        """
+        if self._norm is None:
+            return None
+        device = self.param_groups[0]["params"][0].device
+        return torch.tensor(self._norm, dtype=torch.float32, device=device)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Compute the norm of all gradients now, and scale them inside the next step.
+
+        `torch.nn.utils.clip_grad_norm_` for the parameters of this optimizer, but for ``p.grad``,
+        which is not modified. The factor serves exactly one step; `zero_grad` drops it.
+
+        Args:
+            max_norm: the largest norm, 0 or more.
+            norm_type: its order, ``inf`` included.
+            error_if_nonfinite: raise an error if the norm is infinite or NaN.
+
+        Returns:
+            The norm before clipping, a 0-dim float32 tensor.
+
+        Raises:
+            ValueError: max_norm is negative or NaN.
+            RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+        """
+        max_norm = clip.valid_max_norm(max_norm)
+        norm_type = float(norm_type)
+        norm = clip.total_norm(self._gradients(), norm_type) * abs(self._coefficient)
+        if error_if_nonfinite:
+            clip.check_finite(norm, norm_type)
+        self._norm = self._next_norm = norm
+        self._coefficient *= _core.clip_coefficient(norm, max_norm)
+        assert self.grad_norm is not None
+        return self.grad_norm
+
+    def clip_grads_with_norm_(self, max_norm: float, total_norm: float | Tensor) -> None:
+        """Scale the gradients inside the next step by a norm that was computed elsewhere.
+
+        For a norm over more than this optimizer's parameters: several optimizers, pipeline or
+        expert parallelism. The factor serves exactly one step; `zero_grad` drops it.
+
+        Args:
+            max_norm: the largest norm, 0 or more.
+            total_norm: the norm, a number or a one-element tensor.
+
+        Raises:
+            ValueError: max_norm is negative or NaN.
+        """
+        whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
+        norm = _engine.number(whole() if whole else total_norm)
+        self._coefficient *= _core.clip_coefficient(norm, clip.valid_max_norm(max_norm))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch does, and forget what `clip_grad_norm_` found of them."""
+        self._forget_clipping()
+        super().zero_grad(set_to_none)
+
+    def _forget_clipping(self) -> None:
+        self._next_norm = None
+        self._coefficient = 1.0
+
+    def _gradients(self) -> list[Tensor]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [p.grad for p in params if p.grad is not None]
+
+    def _norm_of_gradients(self, scaling: Scaling) -> float:
+        return clip.total_norm(self._gradients(), 2) * scaling.unscale
+
+    # Where this is set, a GradScaler leaves the scale of the gradients to `step`.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return self.amp_scaling or self._scaler_asks
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignore what torch's constructors set for ``fused=True``."""
+
+    # ---- groups, states, checkpoints ---------------------------------------------------------
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch parent.
 
@@ -118,12 +288,21 @@ class Fused(Optimizer):
         that was saved, so that a reload changes no bit of the next step.
         """
         saved: dict[str, Any] = {}
-        # The last of the pre-hooks sees what the others made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, seen: saved.update(seen))
+        handles = [
+            # The last of the pre-hooks sees what the others made of the checkpoint.
+            self.register_load_state_dict_pre_hook(lambda _, seen: saved.update(seen)),
+            # The first of the post-hooks leaves to the others what they expect.
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore_dtypes(saved), prepend=True
+            ),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         for p, i in zip(params, ids, strict=True):
@@ -159,18 +338,24 @@ class Fused(Optimizer):
 
     # ---- parameters without a kernel ---------------------------------------------------------
 
-    def _fall_back(self, unsupported: list[tuple[int, Tensor]]) -> None:
-        """Step (group index, parameter) pairs with torch's own implementation."""
+    def _fall_back(self, unsupported: list[tuple[int, Tensor]], factor: float) -> None:
+        """Step (group index, parameter) pairs with torch's own implementation.
+
+        Their gradients count times factor.
+        """
         by_group: dict[int, list[Tensor]] = {}
         # Sparse gradients first: a torch class that refuses them then does so before any update.
         for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
             self._warn_of_fallback(_cause(self.param_groups[index], p))
             by_group.setdefault(index, []).append(p)
         groups = [{**self.param_groups[i], "params": params} for i, params in by_group.items()]
-        self._torch_step(groups)
+        with _scaled_gradients([p for _, p in unsupported], factor):
+            self._torch_step(groups)
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """Step these groups with the parent class's bare step: its hooks have fired already."""
+        for group in groups:
+            self._use_dtypes_of_params(group["params"])
         step = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]
         all_groups = self.param_groups
         self.param_groups = [{**group, "foreach": None, "fused": None} for group in groups]
@@ -179,6 +364,13 @@ class Fused(Optimizer):
                 step(self)
         finally:
             self.param_groups = all_groups
+
+    def _use_dtypes_of_params(self, params: list[Tensor]) -> None:
+        """Cast states to the dtype of their parameter, as torch does when it loads them."""
+        for p in params:
+            for key, value in self.state.get(p, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.dtype != p.dtype:
+                    self.state[p][key] = value.to(p.dtype)
 
     def _warn_of_fallback(self, cause: str) -> None:
         warned = self.__dict__.setdefault("_warned", set())
@@ -190,6 +382,33 @@ class Fused(Optimizer):
             "implementation steps them, correctly and at its own speed",
             stacklevel=2,
         )
+
+
+@contextmanager
+def _scaled_gradients(params: Sequence[Tensor], factor: float) -> Iterator[None]:
+    """Let these parameters have other gradients meanwhile: theirs times factor."""
+    gradients = [p.grad for p in params]
+    try:
+        for p, gradient in zip(params, gradients, strict=True):
+            if factor != 1 and gradient is not None:
+                p.grad = gradient * factor
+        yield
+    finally:
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+
+
+def _signature(cls: type[Fused]) -> inspect.Signature:
+    """Return what the constructor takes: torch's arguments and those of `Fused`."""
+    owner = next(base for base in cls.__mro__ if base is not Fused and "__init__" in vars(base))
+    own = inspect.signature(owner.__init__)  # type: ignore[misc]
+    params = list(own.parameters.values())[1:]
+    passes_on = not issubclass(owner, Fused) or any(p.kind is p.VAR_KEYWORD for p in params)
+    if passes_on:
+        added = inspect.signature(Fused.__init__).parameters
+        params = [p for p in params if p.kind is not p.VAR_KEYWORD]
+        params += [added[name] for name in Options.__annotations__]
+    return inspect.Signature(params)
 
 
 def _is_sparse(p: Tensor) -> bool:
@@ -207,4 +426,6 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
         return "sparse gradients"
     if p.is_complex():
         return "complex parameters"
+    if p.is_neg():
+        return "parameters that torch has yet to negate"
     return f"{type(p).__name__} parameters of {p.dtype} with gradients of {p.grad.dtype}"

@@ -7,6 +7,7 @@ compiler: str
 openmp: bool
 piece_bytes: int
 
+def clip_coefficient(norm: float, max_norm: float) -> float: ...
 def isas() -> tuple[str, ...]: ...
 def stream_like_adam(arrays: Sequence[int], n: int, threads: int) -> None: ...
 
@@ -17,8 +18,14 @@ class Engine:
         state: dict[Tensor, Any],
         groups: Sequence[Any],
         threads: int,
-        fallback: Callable[[list[tuple[int, Tensor]]], None],
-    ) -> None: ...
+        scaling: Any,
+        fallback: Callable[[list[tuple[int, Tensor]], float], None],
+        outside: Callable[[list[Tensor]], float],
+    ) -> tuple[float, bool]: ...
+    def norm(
+        self, tensors: Sequence[Tensor], order: float, threads: int
+    ) -> tuple[float, list[Tensor]]: ...
+    def scale(self, tensors: Sequence[Tensor], factor: float, threads: int) -> list[Tensor]: ...
     def update(
         self,
         rule: str,

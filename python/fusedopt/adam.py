@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fusedopt._base import Fused, Rule, number
+from fusedopt._base import Fused, Rule
+from fusedopt._engine import number
 
 
 class Adam(Fused, torch.optim.Adam):
@@ -94,8 +95,8 @@ class AdamW(Adam, torch.optim.AdamW):
 
 
 def _maximum(a: Any, b: Any) -> Any:
-    """Return the elementwise maximum, NaN where either is."""
-    larger = a * 1
-    take = (b > a) | (b != b)  # noqa: PLR0124  (true for NaN alone)
-    larger[take] = b[take]
+    """Return the elementwise maximum, NaN where either is, and b of two equal ones."""
+    larger = b * 1
+    take = (a > b) | (a != a)  # noqa: PLR0124  (true for NaN alone)
+    larger[take] = a[take]
     return larger

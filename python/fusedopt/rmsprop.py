@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fusedopt._base import Fused, Rule, number
+from fusedopt._base import Fused, Rule
+from fusedopt._engine import number
 
 
 class RMSprop(Fused, torch.optim.RMSprop):

@@ -241,7 +241,7 @@ class Trial {
 
  private:
   Trial(const Work& work, int64_t numel) : kind_(*work.kind) {
-    job_ = {work.update(), work.scalars.data(), work.grad_scale, numel, work.streams(), {},
+    job_ = {work.update(), work.scalars.data(), work.grad_scale, numel, work.streams(), {}, nullptr,
             nullptr};
   }
 

@@ -1,0 +1,65 @@
+// Whether jobs share memory. Two parameters may be views of one storage, or a gradient be another
+// parameter: the updates then have to happen in their order, as they do one by one.
+#pragma once
+
+#include <algorithm>
+
+#include "engine.h"
+
+namespace fusedopt {
+
+struct Extent {
+  const char *begin, *end;
+  bool written;
+};
+
+inline Extent extent(const Job& job, int s) {
+  int64_t last = job.numel - 1;
+  if (job.layout) {
+    last = 0;
+    for (const Dim& dim : *job.layout) last += (dim.size - 1) * dim.stride[s];
+  }
+  const char* begin = job.streams[s].data;
+  const int64_t size = kItemSize[static_cast<int>(job.streams[s].dtype)];
+  return {begin, begin + (last + 1) * size, s != kGrad};
+}
+
+// Sorts extents that often are in order, or in reverse order, already.
+inline void sort_extents(std::vector<Extent>* extents) {
+  const auto before = [](const Extent& a, const Extent& b) { return a.begin < b.begin; };
+  if (std::is_sorted(extents->begin(), extents->end(), before)) return;
+  std::reverse(extents->begin(), extents->end());
+  if (std::is_sorted(extents->begin(), extents->end(), before)) return;
+  std::sort(extents->begin(), extents->end(), before);
+}
+
+// Whether something that a job writes overlaps something that any stream reads or writes.
+inline bool any_overlap(const std::vector<Job>& jobs) {
+  // One list for each stream, since allocators tend to hand out equal things in order.
+  std::vector<Extent> lists[kMaxStreams];
+  for (const Job& job : jobs) {
+    if (job.numel == 0) continue;
+    for (int s = 0; s < job.stream_count; ++s) {
+      // A gradient that is the parameter itself is read before it is written, element by element.
+      if (s == kGrad && job.streams[s].data == job.streams[kParam].data) continue;
+      lists[s].push_back(extent(job, s));
+    }
+  }
+  size_t next[kMaxStreams] = {};
+  for (std::vector<Extent>& list : lists) sort_extents(&list);
+  const char *written_end = nullptr, *read_end = nullptr;
+  for (;;) {
+    int first = -1;
+    for (int s = 0; s < kMaxStreams; ++s) {
+      if (next[s] == lists[s].size()) continue;
+      if (first < 0 || lists[s][next[s]].begin < lists[first][next[first]].begin) first = s;
+    }
+    if (first < 0) return false;
+    const Extent& e = lists[first][next[first]++];
+    if (e.begin < written_end || (e.written && e.begin < read_end)) return true;
+    const char*& end = e.written ? written_end : read_end;
+    end = std::max(end, e.end);
+  }
+}
+
+}  // namespace fusedopt

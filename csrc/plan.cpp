@@ -1,0 +1,345 @@
+#include "plan.h"
+
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <unordered_map>
+
+namespace fusedopt {
+
+Group::Group(const Kernels& kernels, py::handle source)
+    : params(py::tuple(source.attr("params"))),
+      names(source.attr("names")),
+      has_kernel(py::cast<bool>(source.attr("has_kernel"))),
+      rule(find_rule(kernels, py::cast<std::string>(source.attr("rule")),
+                     py::cast<int>(source.attr("flags")))),
+      states(py::cast<std::vector<py::str>>(source.attr("states"))),
+      counts_steps(py::cast<bool>(source.attr("counts_steps"))),
+      grad_scale(py::cast<double>(source.attr("grad_scale"))),
+      scalars(source.attr("scalars")),
+      create_state(source.attr("create_state")) {
+  if (static_cast<int>(states.size()) != rule.states) {
+    throw std::logic_error(std::string("rule ") + rule.name + " has another number of states");
+  }
+}
+
+// ---- messages -----------------------------------------------------------------------------------
+
+// What an object is, for a message.
+static std::string type_text(PyObject* object) {
+  const auto self = py::reinterpret_borrow<py::object>(object);
+  const auto text = [&](const char* attribute) {
+    return py::cast<std::string>(py::str(self.attr(attribute)));
+  };
+  if (!py::hasattr(self, "layout") || !py::hasattr(self, "device")) {
+    return py::cast<std::string>(py::repr(self));
+  }
+  return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
+         text("device");
+}
+
+// For example: exp_avg of params[3] ('layer.weight') of group 1
+std::string StepPlan::name(const Entry& entry, const std::string& what) const {
+  std::string text =
+      what + (what.empty() ? "" : " of ") + "params[" + std::to_string(entry.index) + "]";
+  const py::object& names = entry.group->names;
+  if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
+    text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
+  }
+  if (groups_.size() > 1) {
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (&groups_[i] == entry.group) text += " of group " + std::to_string(i);
+    }
+  }
+  return text;
+}
+
+// ---- gathering and validation -------------------------------------------------------------------
+
+static PyObject* step_key() {
+  static PyObject* const key = PyUnicode_InternFromString("step");
+  return key;
+}
+
+StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
+                   const py::sequence& groups)
+    : reader_(reader), state_(state) {
+  size_t count = 0;
+  for (const py::handle group : groups) {
+    groups_.emplace_back(kernels, group);
+    count += groups_.back().params.size();
+  }
+  entries_.reserve(count);
+  jobs_.reserve(count);
+  held_.reserve(count * (kMaxStreams + 1));
+}
+
+void StepPlan::collect() {
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const auto count = static_cast<Py_ssize_t>(groups_[g].params.size());
+    for (Py_ssize_t i = 0; i < count; ++i) collect(groups_[g], static_cast<int>(g), i);
+  }
+  if (!in_order_) count_repeats();
+}
+
+// Whether the memory has the opposite sign of the tensor: a view that torch has yet to negate. It
+// is the imaginary part of a complex tensor, so its elements are not next to each other.
+static bool negated(PyObject* tensor, const View& view) {
+  if (view.contiguous && view.numel != 1) return false;
+  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
+}
+
+void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
+  Entry entry{&group, index, PyTuple_GET_ITEM(group.params.ptr(), index), nullptr};
+  py::object grad = reader_.grad(entry.param);
+  if (grad.is_none()) return;
+  entry.grad = grad.ptr();
+  held_.push_back(std::move(grad));
+
+  View views[kMaxStreams];
+  View &p = views[kParam], &g = views[kGrad];
+  if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
+      !reader_.read(entry.grad, &g, &held_) || negated(entry.param, p)) {
+    unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
+    outside.append(py::handle(entry.grad));
+    return;
+  }
+  if (negated(entry.grad, g)) {
+    held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
+    entry.grad = held_.back().ptr();
+    reader_.read(entry.grad, &g, &held_);
+  }
+  if (!same_shape(p, g)) {
+    throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
+                          shape_text(p) + "; call zero_grad() and compute it again");
+  }
+  if (overlaps_itself(p)) {
+    throw py::value_error(name(entry, "") +
+                          " is a view in which elements share memory; expected every element in a "
+                          "place of its own; pass a clone() of it");
+  }
+  if (g.is_local_part) {
+    outside.append(py::handle(entry.grad));
+    distributed_.push_back(entries_.size());
+  }
+  const bool complete = read_states(entry, views);
+  if (!complete) incomplete_.push_back(entries_.size());
+  jobs_.push_back(make_job(entry, views, complete));
+  entries_.push_back(entry);
+}
+
+// dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
+// the dict with a cursor finds most without hashing; and hash(tensor) is a Python function. Clears
+// `in_order` where that did not suffice.
+static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* in_order) {
+  PyObject *at, *value;
+  Py_ssize_t next = *cursor;
+  if (PyDict_Next(dict, &next, &at, &value) && at == key) {
+    *cursor = next;
+    return value;
+  }
+  *in_order = false;
+  value = PyDict_GetItemWithError(dict, key);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Reads and validates what exists of the entry's state; false if something is missing.
+bool StepPlan::read_states(Entry& entry, View* views) {
+  const Group& group = *entry.group;
+  if (group.rule.states == 0 && !group.counts_steps) return true;
+  entry.state = find(state_.ptr(), entry.param, &state_cursor_, &in_order_);
+  if (!entry.state) return false;
+  if (!PyDict_Check(entry.state)) {
+    throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
+                         ", expected a dict; delete opt.state[p] to start anew");
+  }
+  held_.push_back(py::reinterpret_borrow<py::object>(entry.state));
+  Py_ssize_t cursor = 0;
+  bool any_order = true;
+  if (group.counts_steps) read_step(entry, &cursor);
+  bool complete = !group.counts_steps || entry.step;
+  for (int s = 0; s < group.rule.states; ++s) {
+    PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor, &any_order);
+    if (!tensor || tensor == Py_None) {
+      complete = false;
+      continue;
+    }
+    held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    View& view = views[kFirstState + s];
+    const auto state_name = [&] { return name(entry, std::string(group.states[s])); };
+    if (!reader_.read(tensor, &view, &held_)) {
+      throw py::type_error(state_name() + " is " + type_text(tensor) +
+                           ", expected a strided float32, float64, bfloat16 or float16 tensor on "
+                           "cpu; move it there, or delete opt.state[p] to start anew");
+    }
+    if (!same_shape(views[kParam], view)) {
+      throw py::value_error(state_name() + " has shape " + shape_text(view) + ", expected " +
+                            shape_text(views[kParam]) +
+                            "; load a checkpoint of this model, or delete opt.state[p] to start "
+                            "anew");
+    }
+    if (overlaps_itself(view)) {
+      throw py::value_error(state_name() +
+                            " is a view in which elements share memory; expected every element in "
+                            "a place of its own; store a clone() of it");
+    }
+    if (negated(tensor, view)) {
+      throw py::value_error(state_name() +
+                            " is a view that torch has yet to negate; expected memory with the "
+                            "values themselves; store resolve_neg() of it");
+    }
+  }
+  return complete;
+}
+
+void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
+  bool any_order = true;
+  entry.step = find(entry.state, step_key(), cursor, &any_order);
+  if (!entry.step) return;
+  held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
+  double steps;
+  if (reader_.read_count(entry.step, &entry.count, &held_)) {
+    steps = entry.count.get();
+  } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
+    steps = PyFloat_AsDouble(entry.step);
+    if (PyErr_Occurred()) steps = HUGE_VAL;  // an integer beyond all doubles
+    PyErr_Clear();
+  } else {
+    throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
+                         ", expected a number, or a float32, float64 or int64 tensor on cpu with "
+                         "one element; store the number of steps taken so far");
+  }
+  if (!(steps >= 0 && std::isfinite(steps))) {
+    throw py::value_error(name(entry, "step") + " is " + std::to_string(steps) +
+                          ", expected a finite number, 0 or more; store the number of steps taken "
+                          "so far");
+  }
+  entry.t = steps + 1;
+}
+
+// A parameter that is listed twice is stepped twice, the second time with the next number.
+void StepPlan::count_repeats() {
+  std::unordered_map<PyObject*, double> last;
+  for (Entry& entry : entries_) {
+    if (!entry.group->counts_steps) continue;
+    const auto [at, is_new] = last.try_emplace(entry.param, entry.t);
+    if (!is_new) entry.t = ++at->second;
+  }
+}
+
+// ---- the other parts of a step ------------------------------------------------------------------
+
+// The rule's scalars for one step number, from Python.
+const double* StepPlan::fold(const Entry& entry) {
+  const Group& group = *entry.group;
+  std::vector<double> values;
+  for (const auto& item : py::cast<py::dict>(group.scalars(entry.t))) {
+    values.push_back(py::cast<double>(item.second));
+  }
+  if (static_cast<int>(values.size()) != group.rule.scalars) {
+    throw std::logic_error(std::string("rule ") + group.rule.name +
+                           " has another number of scalars");
+  }
+  scalars_.push_back(std::move(values));
+  return scalars_.back().data();
+}
+
+void StepPlan::fold_scalars() {
+  // A rule that keeps no count only tells a parameter's first step from the others.
+  for (Entry& entry : entries_) {
+    if (!entry.group->counts_steps) entry.t = 2;
+  }
+  for (const size_t i : incomplete_) {
+    if (!entries_[i].group->counts_steps) entries_[i].t = 1;
+  }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const bool as_before =
+        i > 0 && entries_[i].group == entries_[i - 1].group && entries_[i].t == entries_[i - 1].t;
+    jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
+  }
+}
+
+void StepPlan::create_missing_states() {
+  for (const size_t i : incomplete_) {
+    Entry& entry = entries_[i];
+    entry.group->create_state(py::handle(entry.param));
+    View views[kMaxStreams];
+    if (!reader_.read(entry.param, &views[kParam], &held_) ||
+        !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
+      throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
+    }
+    const double* scalars = jobs_[i].scalars;
+    jobs_[i] = make_job(entry, views, /*complete=*/true);
+    jobs_[i].scalars = scalars;
+  }
+}
+
+// What was read here may lie in several entries' counts: a parameter that is listed twice.
+void StepPlan::advance_counts() const {
+  for (const Entry& entry : entries_) {
+    if (entry.count.data) entry.count.increment();
+  }
+}
+
+void StepPlan::advance_plain_counts() const {
+  for (const Entry& entry : entries_) {
+    if (!entry.step || entry.count.data) continue;
+    const py::object count = PyLong_Check(entry.step) ? py::object(py::int_(int64_t(entry.t)))
+                                                      : py::object(py::float_(entry.t));
+    if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
+  }
+}
+
+void StepPlan::bump_versions() const {
+  if (entries_.empty()) return;
+  py::list params(entries_.size());
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    PyList_SET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(entries_[i].param));
+  }
+  py::module_::import("torch.autograd.graph").attr("increment_version")(params);
+}
+
+// ---- jobs ---------------------------------------------------------------------------------------
+
+static const Layout* kept(Layout layout, std::deque<Layout>* layouts) {
+  if (layout.empty()) return nullptr;
+  layouts->push_back(std::move(layout));
+  return &layouts->back();
+}
+
+static Job job_of(const View* views, int count, std::deque<Layout>* layouts) {
+  Job job{};
+  job.numel = views[kParam].numel;
+  job.stream_count = count;
+  for (int s = 0; s < count; ++s) job.streams[s] = {views[s].data, views[s].dtype};
+  job.layout = kept(common_layout(views, count), layouts);
+  if (job.layout) job.grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
+  return job;
+}
+
+Job update_job(const Rule& rule, double grad_scale, const View* views,
+               std::deque<Layout>* layouts) {
+  Job job = job_of(views, kFirstState + rule.states, layouts);
+  job.update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
+  job.grad_scale = grad_scale;
+  return job;
+}
+
+Job norm_job(const View& view, std::deque<Layout>* layouts) {
+  const View views[] = {view, view};
+  return job_of(views, 2, layouts);
+}
+
+Job StepPlan::make_job(const Entry& entry, const View* views, bool complete) {
+  if (!complete) return norm_job(views[kGrad], &layouts_);
+  return update_job(entry.group->rule, entry.group->grad_scale, views, &layouts_);
+}
+
+std::vector<Job> StepPlan::jobs_of_norm() const {
+  std::vector<Job> jobs = jobs_;
+  for (const size_t i : distributed_) jobs[i].numel = 0;
+  return jobs;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,89 @@
+// One optimizer step, from Python objects to jobs and back: all gathering, all validation, all
+// messages about parameters.
+#pragma once
+
+#include <deque>
+
+#include "tensors.h"
+
+namespace fusedopt {
+
+// What one param group asks for: fusedopt._base.Group, read once a step.
+struct Group {
+  Group(const Kernels& kernels, py::handle source);
+
+  py::tuple params;  // a copy: while Python code runs, the list may change
+  py::object names;
+  bool has_kernel;
+  const Rule& rule;
+  std::vector<py::str> states;
+  bool counts_steps;
+  double grad_scale;
+  py::object scalars, create_state;
+};
+
+// One parameter that has a gradient and a kernel. Its objects live in the group and in `held_`.
+struct Entry {
+  const Group* group;
+  Py_ssize_t index;
+  PyObject *param, *grad;
+  PyObject* state = nullptr;       // its dict; null while it has none
+  PyObject* step = nullptr;        // state["step"]; null while there is none
+  TensorReader::Count count = {};  // its memory; null where it is a plain number
+  double t = 1;                    // the number of this step
+};
+
+class StepPlan {
+ public:
+  StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
+           const py::sequence& groups);
+
+  // ---- what may fail, and changes nothing
+  void collect();
+  void fold_scalars();
+
+  // ---- what changes something
+  void create_missing_states();
+  void advance_counts() const;        // those in tensors; needs no GIL
+  void advance_plain_counts() const;  // those that are Python numbers
+  void bump_versions() const;
+
+  const std::vector<Job>& jobs() const { return jobs_; }
+  bool lacks_states() const { return !incomplete_.empty(); }
+
+  py::list unsupported;  // [(group index, parameter), ...]
+  // Gradients, among those of jobs() and of `unsupported`, that a norm needs Python for: the
+  // engine cannot read them, or each process has a part of them. Jobs with such a gradient are in
+  // jobs() but not in jobs_of_norm().
+  py::list outside;
+  std::vector<Job> jobs_of_norm() const;
+
+ private:
+  void collect(const Group& group, int group_index, Py_ssize_t index);
+  bool read_states(Entry& entry, View* views);
+  void read_step(Entry& entry, Py_ssize_t* cursor);
+  void count_repeats();
+  const double* fold(const Entry& entry);
+  Job make_job(const Entry& entry, const View* views, bool complete);
+  std::string name(const Entry& entry, const std::string& what) const;
+
+  const TensorReader& reader_;
+  const py::dict& state_;
+  Py_ssize_t state_cursor_ = 0;
+  bool in_order_ = true;  // each parameter's state was found behind that of the one before
+  std::deque<Group> groups_;
+  std::vector<Entry> entries_;
+  std::vector<Job> jobs_;            // one an entry
+  std::vector<size_t> incomplete_;   // entries that lack some state
+  std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
+  Held held_;
+  std::deque<std::vector<double>> scalars_;
+  std::deque<Layout> layouts_;
+};
+
+// A job that applies `rule` to streams [param, grad, *states], but for its scalars.
+Job update_job(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts);
+// A job that has a gradient and nothing else, for a norm.
+Job norm_job(const View& view, std::deque<Layout>* layouts);
+
+}  // namespace fusedopt

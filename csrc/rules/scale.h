@@ -1,0 +1,12 @@
+// No optimizer: g * factor, which is what clipping in place does to a gradient.
+
+template <class T>
+struct Scale {
+  static constexpr int kStates = 0;
+  T factor;
+
+  template <class V>
+  FUSEDOPT_FN void operator()(V& p, V g, V*) const {
+    p = g * factor;
+  }
+};

@@ -1,0 +1,51 @@
+"""A gradient scaler that leaves the gradients alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from fusedopt._base import Fused
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` with one pass less over the gradients of fused optimizers.
+
+    `step` lets the optimizer find infinite and NaN gradients in the pass that computes their norm,
+    and unscale and clip them inside the update: for Adam 32 bytes a parameter, where
+    ``unscale_``, clipping and a fused step move 48. Scales grow and back off as torch's do. Other
+    optimizers, and gradients that `unscale_` has been called for, are treated as by torch.
+
+    Arguments and errors: torch's.
+    """
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step the optimizer, unless its gradients are infinite or NaN; see `GradScaler`."""
+        if not self._enabled or not isinstance(optimizer, Fused):
+            return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        asks = state["stage"] is OptState.READY
+        optimizer._scaler_asks = asks
+        try:
+            result = super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer._scaler_asks = False
+        if asks:
+            self._record(optimizer, float(optimizer._skipped))
+        return result
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> Any:
+        """Let torch go on without a pass of its own where the optimizer will do it."""
+        if isinstance(optimizer, Fused) and optimizer._scaler_asks:
+            return self._record(optimizer, 0.0)
+        return super()._check_inf_per_device(optimizer)
+
+    def _record(self, optimizer: Optimizer, found_inf: float) -> dict[torch.device, torch.Tensor]:
+        assert self._scale is not None
+        device = self._scale.device
+        found = {device: torch.tensor(found_inf, dtype=torch.float32, device=device)}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        return found

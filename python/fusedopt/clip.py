@@ -1,0 +1,233 @@
+"""Norms of gradients, and clipping by them."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedopt import _core, _engine
+
+# ---- the readable spec ---------------------------------------------------------------------------
+
+
+def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float:
+    """Return the norm of all elements of numpy arrays: what the engine computes, bit for bit.
+
+    Element i of an array belongs to lane i % 16 of block i // 4096. Lanes are summed up in float64
+    first, then halves of the lanes, then the blocks of all arrays, in their order. The order of an
+    array's elements is that in memory.
+    """
+    total = np.float64(0)
+    for array in arrays:
+        x = np.ravel(array, order="K").astype(np.float64)
+        rows = np.pad(x, (0, -len(x) % 4096)).reshape(-1, 256, 16)
+        lanes = np.zeros((len(rows), 16))
+        for row in range(256):
+            x = rows[:, row]
+            if norm_type == 2:
+                lanes = lanes + x * x
+            elif norm_type == 1:
+                lanes = lanes + abs(x)
+            else:
+                lanes = np.maximum(lanes, abs(x))
+        for half in (8, 4, 2, 1):
+            a, b = lanes[:, :half], lanes[:, half:]
+            lanes = np.maximum(a, b) if norm_type == math.inf else a + b
+        for (block,) in lanes:
+            total = np.maximum(total, block) if norm_type == math.inf else total + block
+    return float(np.sqrt(total) if norm_type == 2 else total)
+
+
+def reference_clip_coefficient(norm: float, max_norm: float) -> float:
+    """Return what clipping multiplies gradients of this norm by; NaN if the norm is."""
+    coefficient = max_norm / (norm + 1e-6)
+    return 1.0 if coefficient > 1 else coefficient
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float:
+    """Return the norm of all elements of all tensors, accumulated in float64.
+
+    A DTensor counts as the whole tensor, on every rank.
+    """
+    if norm_type not in (1, 2, math.inf):
+        return _norm_of_norms(tensors, norm_type)
+    total, others = _engine.engine.norm(tensors, norm_type, torch.get_num_threads())
+    if others:
+        total = _join(norm_type, total, power_sum(others, norm_type))
+    return math.sqrt(total) if norm_type == 2 else total
+
+
+def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float:
+    """Return what the norm adds up over tensors that the engine alone cannot treat."""
+    shared: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    plain = []
+    for tensor in tensors:
+        if hasattr(tensor, "placements"):
+            x = _without_partial_sums(tensor)
+            dims = tuple(i for i, where in enumerate(x.placements) if not where.is_replicate())
+            shared.setdefault((x.device_mesh, dims), []).append(x.to_local())
+        else:
+            plain.append(tensor)
+    total = _norm_of_norms(plain, norm_type) if plain else 0.0
+    total = total * total if norm_type == 2 else total
+    for (mesh, dims), parts in shared.items():
+        part, others = _engine.engine.norm(parts, norm_type, torch.get_num_threads())
+        if others:
+            part = _join(norm_type, part, power_sum(others, norm_type))
+        total = _join(norm_type, total, _reduce_over(mesh, dims, part, norm_type))
+    return total
+
+
+def _without_partial_sums(tensor: Any) -> Any:
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415  (slow, and seldom needed)
+
+    whole = [Replicate() if where.is_partial() else where for where in tensor.placements]
+    return tensor.redistribute(placements=whole)
+
+
+def _reduce_over(mesh: Any, dims: tuple[int, ...], part: float, norm_type: float) -> float:
+    """Join the parts of all ranks along these dimensions of the mesh, one number each."""
+    import torch.distributed as dist  # noqa: PLC0415
+
+    number_of_all = torch.tensor(part, dtype=torch.float64, device=mesh.device_type)
+    operation = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
+    for dim in dims:
+        dist.all_reduce(number_of_all, operation, group=mesh.get_group(dim))
+    return number_of_all.item()
+
+
+def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
+    """Return the norm by torch's operators, any tensor and any order."""
+    norms = []
+    for tensor in tensors:
+        x = tensor.detach()
+        if hasattr(x, "placements"):
+            x = _without_partial_sums(x).full_tensor()
+        if x.layout != torch.strided:
+            x = x.coalesce().values() if x.is_sparse else x.to_dense()
+        wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
+        norms.append(torch.linalg.vector_norm(wide, norm_type).cpu())
+    if not norms:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(norms), norm_type))
+
+
+def _join(norm_type: float, a: float, b: float) -> float:
+    return float(np.maximum(a, b)) if norm_type == math.inf else a + b  # NaN if either is
+
+
+# ---- arguments, and the functions of torch.nn.utils ----------------------------------------------
+
+
+def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
+    """Return max_norm as a float.
+
+    Raises:
+        ValueError: it is negative or NaN.
+    """
+    value = _engine.number(max_norm)
+    if not value >= 0:
+        raise ValueError(f"Invalid {name} value: {value}, expected 0 or more; inf does not clip")
+    return value
+
+
+def check_finite(norm: float, norm_type: float) -> None:
+    """Raise torch's RuntimeError for a norm that is infinite or NaN."""
+    if not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped. To disable this error and scale the gradients by the "
+            "non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Return the norm of all elements: `torch.nn.utils.get_total_norm`, in one pass.
+
+    .. math:: \Big( \sum_i |x_i|^p \Big)^{1/p}, \quad \text{or } \max_i |x_i|
+        \text{ for } p = \infty
+
+    Args:
+        tensors: a tensor, or any number of them: any dtypes, layouts and devices.
+        norm_type: the order p, ``inf`` included. 1, 2 and ``inf`` are computed by the engine, and
+            have the same bits for any number of threads and any instruction set; others by torch.
+        error_if_nonfinite: raise an error if the norm is infinite or NaN.
+        foreach: changes nothing here.
+
+    Returns:
+        A 0-dim tensor on the first tensor's device, accumulated in float64: of float64 if one of
+        the tensors is, else of float32, also for float16 and bfloat16, where torch's overflows
+        and loses digits.
+
+    Raises:
+        RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm_type = float(norm_type)
+    norm = total_norm(tensors, norm_type)
+    if error_if_nonfinite:
+        check_finite(norm, norm_type)
+    wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scale gradients in place so that their norm is at most max_norm.
+
+    .. math:: g \leftarrow g \, \min\Big(1, \frac{c}{\|g\|_p + 10^{-6}}\Big)
+
+    The same as `torch.nn.utils.clip_grad_norm_`, in one pass for the norm and, unless the factor
+    is 1, one for the gradients. An optimizer's ``max_grad_norm`` or ``clip_grad_norm_`` spares the
+    second.
+
+    Args:
+        parameters: a tensor, or any number of them; those without a gradient do not count.
+        max_norm: the largest norm :math:`c`, 0 or more.
+        norm_type: the order p, as in `get_total_norm`.
+        error_if_nonfinite: raise an error if the norm is infinite or NaN.
+        foreach: changes nothing here.
+
+    Returns:
+        The norm before clipping, as `get_total_norm` returns it.
+
+    Raises:
+        ValueError: max_norm is negative or NaN.
+        RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+    """
+    if isinstance(parameters, types.GeneratorType) and not (parameters := list(parameters)):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
+        )
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    max_norm = valid_max_norm(max_norm)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = get_total_norm(grads, norm_type, error_if_nonfinite)
+    factor = _core.clip_coefficient(norm.item(), max_norm)
+    if factor != 1:
+        for grad in _engine.engine.scale(grads, factor, torch.get_num_threads()):
+            grad.mul_(factor)
+        torch.autograd.graph.increment_version(grads)
+    return norm
