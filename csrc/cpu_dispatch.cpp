@@ -170,12 +170,18 @@ static std::atomic<bool> forked{false};
 static const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+static bool is_large(const std::vector<Job>& jobs) {
+  // Waking the other threads takes a few microseconds, the time of about this many bytes;
+  constexpr int64_t kSmallBytes = 128 * 1024;
+  // and to make sure that jobs do not overlap, the time of about this many a job.
+  constexpr int64_t kSmallBytesOfJob = 2 * 1024;
+  int64_t left = -kSmallBytes;
+  for (const Job& job : jobs) left += job.numel * bytes_per_element(job) - kSmallBytesOfJob;
+  return left > 0;
+}
+
 int useful_threads(const std::vector<Job>& jobs, int threads) {
-  // Waking the other threads takes a few microseconds, the time of about this many bytes.
-  constexpr int64_t kSerialBytes = 128 * 1024;
-  int64_t bytes = 0;
-  for (const Job& job : jobs) bytes += job.numel * bytes_per_element(job);
-  return bytes < kSerialBytes ? 1 : threads;
+  return is_large(jobs) ? threads : 1;
 }
 
 // ---- the norm's verdict -------------------------------------------------------------------------
@@ -273,12 +279,12 @@ class Shares {
   template <class F>
   void for_each_piece(int thread, int threads, bool backwards, F f) const {
     for (int share = thread; share < threads_; share += threads) {
-      const Piece* begin = cut_.pieces.data() + cut_.begin[share];
-      const Piece* end = cut_.pieces.data() + cut_.begin[share + 1];
-      if (backwards) {
-        while (begin < end) f(*--end, end > begin ? end - 1 : nullptr);
-      } else {
-        for (; begin < end; ++begin) f(*begin, begin + 1 < end ? begin + 1 : nullptr);
+      const Piece* const begin = cut_.pieces.data() + cut_.begin[share];
+      const auto count = static_cast<ptrdiff_t>(cut_.begin[share + 1] - cut_.begin[share]);
+      for (ptrdiff_t i = 0; i < count; ++i) {
+        const ptrdiff_t at = backwards ? count - 1 - i : i;
+        const ptrdiff_t next = backwards ? at - 1 : at + 1;
+        f(begin[at], i + 1 < count ? &begin[next] : nullptr);
       }
     }
   }
@@ -313,7 +319,7 @@ Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
     return {0, factor, false};
   }
   // Backwards, the updates begin with the gradients that the norm has just read.
-  const Shares shares(jobs, threads, /*backwards=*/true);
+  const Shares shares(jobs, threads, /*backwards=*/is_large(jobs));
   std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
   Verdict verdict{};
   in_parallel(shares.threads(), [&](int thread, int count) {

@@ -64,14 +64,14 @@ struct Dim {
 using Layout = std::vector<Dim>;
 
 struct Job {
-  Update update;
-  const double* scalars;
-  double grad_scale;
-  int64_t numel;
-  int stream_count;
+  Update update = nullptr;
+  const double* scalars = nullptr;
+  double grad_scale = 1;
+  int64_t numel = 0;
+  int stream_count = 0;
   Stream streams[kMaxStreams];
-  const Layout* layout;       // null: every stream is one array of numel elements
-  const Layout* grad_layout;  // of the gradient in stride[0], in its own order; null: one array
+  const Layout* layout = nullptr;       // null: every stream is one array of numel elements
+  const Layout* grad_layout = nullptr;  // of the gradient in stride[0], in its own order
 };
 
 // The kernels that this machine can run, best first.

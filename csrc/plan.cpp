@@ -90,11 +90,10 @@ static bool negated(PyObject* tensor, const View& view) {
 }
 
 void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
-  Entry entry{&group, index, PyTuple_GET_ITEM(group.params.ptr(), index), nullptr};
-  py::object grad = reader_.grad(entry.param);
-  if (grad.is_none()) return;
-  entry.grad = grad.ptr();
-  held_.push_back(std::move(grad));
+  PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), index);
+  held_.push_back(reader_.grad(param));
+  if (held_.back().is_none()) return;
+  Entry& entry = entries_.emplace_back(&group, index, param, held_.back().ptr());
 
   View views[kMaxStreams];
   View &p = views[kParam], &g = views[kGrad];
@@ -102,6 +101,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
       !reader_.read(entry.grad, &g, &held_) || negated(entry.param, p)) {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
     outside.append(py::handle(entry.grad));
+    entries_.pop_back();
     return;
   }
   if (negated(entry.grad, g)) {
@@ -120,12 +120,14 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
   }
   if (g.is_local_part) {
     outside.append(py::handle(entry.grad));
-    distributed_.push_back(entries_.size());
+    distributed_.push_back(jobs_.size());
   }
-  const bool complete = read_states(entry, views);
-  if (!complete) incomplete_.push_back(entries_.size());
-  jobs_.push_back(make_job(entry, views, complete));
-  entries_.push_back(entry);
+  if (read_states(entry, views)) {
+    set_update(entry, views, &jobs_.emplace_back());
+  } else {
+    incomplete_.push_back(jobs_.size());
+    set_norm(g, &layouts_, &jobs_.emplace_back());  // all that it can have by now
+  }
 }
 
 // dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
@@ -269,9 +271,7 @@ void StepPlan::create_missing_states() {
         !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
       throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
     }
-    const double* scalars = jobs_[i].scalars;
-    jobs_[i] = make_job(entry, views, /*complete=*/true);
-    jobs_[i].scalars = scalars;
+    set_update(entry, views, &jobs_[i]);
   }
 }
 
@@ -308,32 +308,28 @@ static const Layout* kept(Layout layout, std::deque<Layout>* layouts) {
   return &layouts->back();
 }
 
-static Job job_of(const View* views, int count, std::deque<Layout>* layouts) {
-  Job job{};
-  job.numel = views[kParam].numel;
-  job.stream_count = count;
-  for (int s = 0; s < count; ++s) job.streams[s] = {views[s].data, views[s].dtype};
-  job.layout = kept(common_layout(views, count), layouts);
-  if (job.layout) job.grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
-  return job;
+static void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job) {
+  job->numel = views[kParam].numel;
+  job->stream_count = count;
+  for (int s = 0; s < count; ++s) job->streams[s] = {views[s].data, views[s].dtype};
+  job->layout = kept(common_layout(views, count), layouts);
+  job->grad_layout = job->layout ? kept(common_layout(&views[kGrad], 1), layouts) : nullptr;
 }
 
-Job update_job(const Rule& rule, double grad_scale, const View* views,
-               std::deque<Layout>* layouts) {
-  Job job = job_of(views, kFirstState + rule.states, layouts);
-  job.update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
-  job.grad_scale = grad_scale;
-  return job;
+void set_update(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts,
+                Job* job) {
+  set_streams(views, kFirstState + rule.states, layouts, job);
+  job->update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
+  job->grad_scale = grad_scale;
 }
 
-Job norm_job(const View& view, std::deque<Layout>* layouts) {
+void set_norm(const View& view, std::deque<Layout>* layouts, Job* job) {
   const View views[] = {view, view};
-  return job_of(views, 2, layouts);
+  set_streams(views, 2, layouts, job);
 }
 
-Job StepPlan::make_job(const Entry& entry, const View* views, bool complete) {
-  if (!complete) return norm_job(views[kGrad], &layouts_);
-  return update_job(entry.group->rule, entry.group->grad_scale, views, &layouts_);
+void StepPlan::set_update(const Entry& entry, const View* views, Job* job) {
+  fusedopt::set_update(entry.group->rule, entry.group->grad_scale, views, &layouts_, job);
 }
 
 std::vector<Job> StepPlan::jobs_of_norm() const {

@@ -24,6 +24,9 @@ struct Group {
 
 // One parameter that has a gradient and a kernel. Its objects live in the group and in `held_`.
 struct Entry {
+  Entry(const Group* group, Py_ssize_t index, PyObject* param, PyObject* grad)
+      : group(group), index(index), param(param), grad(grad) {}
+
   const Group* group;
   Py_ssize_t index;
   PyObject *param, *grad;
@@ -64,7 +67,7 @@ class StepPlan {
   void read_step(Entry& entry, Py_ssize_t* cursor);
   void count_repeats();
   const double* fold(const Entry& entry);
-  Job make_job(const Entry& entry, const View* views, bool complete);
+  void set_update(const Entry& entry, const View* views, Job* job);
   std::string name(const Entry& entry, const std::string& what) const;
 
   const TensorReader& reader_;
@@ -81,9 +84,10 @@ class StepPlan {
   std::deque<Layout> layouts_;
 };
 
-// A job that applies `rule` to streams [param, grad, *states], but for its scalars.
-Job update_job(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts);
-// A job that has a gradient and nothing else, for a norm.
-Job norm_job(const View& view, std::deque<Layout>* layouts);
+// Make a job apply `rule` to streams [param, grad, *states], but for its scalars;
+void set_update(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts,
+                Job* job);
+// or have a gradient and nothing else, for a norm.
+void set_norm(const View& view, std::deque<Layout>* layouts, Job* job);
 
 }  // namespace fusedopt

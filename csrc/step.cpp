@@ -76,7 +76,7 @@ std::pair<double, py::list> Engine::norm(const py::sequence& tensors, double ord
     held.push_back(tensor);
     View view;
     if (reader_.read(tensor.ptr(), &view, &held) && !view.is_local_part) {
-      jobs.push_back(norm_job(view, &layouts));
+      set_norm(view, &layouts, &jobs.emplace_back());
     } else {
       others.append(tensor);
     }
@@ -107,7 +107,7 @@ py::list Engine::scale(const py::sequence& tensors, double factor, int threads) 
             "own; assign a clone() of it");
       }
       const View views[] = {view, view};
-      jobs.push_back(update_job(rule, 1, views, &layouts));
+      set_update(rule, 1, views, &layouts, &jobs.emplace_back());
       jobs.back().scalars = &factor;
     } else {
       others.append(tensor);
@@ -138,7 +138,8 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     }
   }
   std::deque<Layout> layouts;
-  std::vector<Job> jobs{update_job(rule, grad_scale, views, &layouts)};
+  std::vector<Job> jobs(1);
+  set_update(rule, grad_scale, views, &layouts, &jobs[0]);
   jobs[0].scalars = scalars.data();
   py::gil_scoped_release unlocked;
   run_updates(jobs, threads, 1);

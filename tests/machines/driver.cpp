@@ -121,6 +121,50 @@ uint64_t hash_of(uint64_t hash, Trial& trial) {
   return hash;
 }
 
+// ---- norms --------------------------------------------------------------------------------------
+
+// The inputs with a 1 for what is not finite, `misalignment` elements past a cache line.
+void fill_finite(Array& array) {
+  const Format f = format(array.dtype());
+  for (int64_t i = 0; i < array.numel(); ++i) {
+    const uint64_t bits = input(array.dtype(), kGrad, i);
+    const bool finite = (bits & (f.sign() - 1)) < f.infinity();
+    array.set(i, finite ? bits : static_cast<uint64_t>(f.bias()) << f.fraction_bits);
+  }
+}
+
+// What each norm adds up over blocks of an array, wherever it lies; in one call and in several.
+uint64_t check_norms(const Kernels& kernels) {
+  constexpr int64_t kBlock = fusedopt::kNormBlock, kNumel = 3 * kBlock + 1001;
+  uint64_t total = kFnvStart;
+  for (const DType dtype : {f32, f64, bf16, f16}) {
+    for (int norm = 0; norm < 3; ++norm) {
+      std::vector<double> expected(4);
+      for (int misalignment = 0; misalignment < 4; ++misalignment) {
+        Array array(dtype, kNumel, misalignment);
+        fill_finite(array);
+        array.forbid_sentinels(true);
+        std::vector<double> whole(4), parts(4);
+        kernels.norms[norm]({array.at(0), dtype}, 0, kNumel, whole.data());
+        kernels.norms[norm]({array.at(0), dtype}, 0, kBlock, parts.data());
+        kernels.norms[norm]({array.at(0), dtype}, kBlock, kNumel - kBlock, &parts[1]);
+        array.forbid_sentinels(false);
+        if (misalignment == 0) expected = whole;
+        if (whole != expected || parts != expected) {
+          fail("norm %d of %s, misalignment %d", norm, name(dtype), misalignment);
+        }
+      }
+      uint64_t hash = kFnvStart;
+      for (const double& sum : expected) {
+        hash = fnv1a(hash, load(reinterpret_cast<const char*>(&sum), f64), 8);
+      }
+      std::printf("norm %d %s %016llx\n", norm, name(dtype), static_cast<unsigned long long>(hash));
+      total = fnv1a(total, hash, 8);
+    }
+  }
+  return total;
+}
+
 // ---- many jobs at once --------------------------------------------------------------------------
 
 // All of the work in one call: sizes around that of a piece among many small ones, and layouts.
@@ -161,7 +205,7 @@ void check_isa(const Kernels& kernels, const std::vector<Sums>& sums) {
   for (const Sums& each : sums) check_sums(fusedopt::find_rule(kernels, "sgd", 0), each);
   std::deque<Work> all;
   std::deque<Trial> wholes;  // one element more than a piece, for every work
-  uint64_t total = kFnvStart;
+  uint64_t total = check_norms(kernels);
   for (int r = 0; r < kernels.rule_count; ++r) {
     for (const Kind& kind : kKinds) {
       uint64_t hash = kFnvStart;

@@ -241,8 +241,11 @@ class Trial {
 
  private:
   Trial(const Work& work, int64_t numel) : kind_(*work.kind) {
-    job_ = {work.update(), work.scalars.data(), work.grad_scale, numel, work.streams(), {}, nullptr,
-            nullptr};
+    job_.update = work.update();
+    job_.scalars = work.scalars.data();
+    job_.grad_scale = work.grad_scale;
+    job_.numel = numel;
+    job_.stream_count = work.streams();
   }
 
   Array& add_array(int s, int64_t numel, int64_t misalignment) {
