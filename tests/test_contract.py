@@ -500,6 +500,52 @@ def test_older_checkpoints_load(config: Config, age: str) -> None:
         assert_within(p.detach(), q.detach())
 
 
+@each_torch_optimizer
+def test_states_of_a_dtype_of_their_own_fall_back_too(config: Config) -> None:
+    """Torch has cast them to the parameter's when it loaded them."""
+    (p,) = parameters([(4,)], torch.float32)
+    optimizer = config.cls([p], **config.kwargs)
+    train(optimizer, [p], 1)
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["differentiable"] = True
+    for state in state_dict["state"].values():
+        state.update({k: v.bfloat16() for k, v in state.items() if k != "step"})
+
+    def continued(cls: Callable[..., Optimizer]) -> Optimizer:
+        param = Parameter(p.detach().clone(), requires_grad=False)
+        following = cls([param], differentiable=True, **config.kwargs)
+        following.load_state_dict(copy.deepcopy(state_dict))
+        train(following, [param], 1)
+        return following
+
+    with pytest.warns(UserWarning, match=FALLS_BACK.format(config.name, "differentiable=True")):
+        actual = continued(config.cls)
+    assert_same_state(actual, continued(config.torch_cls), assert_same_bits)
+
+
+@each_optimizer
+def test_hooks_of_loading_have_the_last_word(config: Config) -> None:
+    params = parameters([(4,)], torch.float32)
+    optimizer = config.cls(params, **config.kwargs)
+    train(optimizer, params, 1)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state.update({k: v.bfloat16() for k, v in state.items() if k != "step"})
+
+    def widen(opt: Optimizer) -> None:
+        for state in opt.state.values():
+            assert {v.dtype for k, v in state.items() if k != "step"} == {torch.bfloat16}
+            state.update({k: v.float() for k, v in state.items()})
+
+    handle = optimizer.register_load_state_dict_post_hook(widen)
+    optimizer.load_state_dict(state_dict)
+    assert {v.dtype for v in optimizer.state[params[0]].values()} == {torch.float32}
+    handle.remove()
+    optimizer.register_load_state_dict_post_hook(lambda opt: opt.state.clear())
+    optimizer.load_state_dict(state_dict)
+    assert not optimizer.state
+
+
 # ---- step ----------------------------------------------------------------------------------------
 
 
@@ -788,6 +834,33 @@ def test_a_parameter_listed_twice_is_stepped_twice(config: Config) -> None:
     assert_same_state(trained(config.cls), trained(oracle(config)), assert_within)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("count", [3, 3.0], ids=["int", "float"])
+def test_a_parameter_listed_twice_counts_plain_steps_twice(count: float) -> None:
+    (p,) = parameters([(4,)])
+    optimizer = fusedopt.Adam([p, p])
+    train(optimizer, [p], 1)
+    optimizer.state[p]["step"] = count
+    train(optimizer, [p], 1)
+    assert optimizer.state[p]["step"] == 5
+
+
+def test_a_list_of_parameters_that_changes_during_the_step() -> None:
+    """Hyper-parameters are read in Python, which may do anything."""
+
+    class Shrinking(float):
+        def __float__(self) -> float:
+            del optimizer.param_groups[0]["params"][1:]
+            return 0.1
+
+    params = parameters([(4,)] * 50)
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    optimizer.param_groups[0]["lr"] = Shrinking(0.1)
+    set_gradients(params, 0)
+    optimizer.step()
+    assert len(optimizer.param_groups[0]["params"]) == 1
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,)])
 def test_a_gradient_that_torch_negates_lazily(shape: tuple[int, ...], gather: str) -> None:
     """The imaginary part of a conjugate is a view with the negative bit, not negated memory."""
@@ -798,6 +871,38 @@ def test_a_gradient_that_torch_negates_lazily(shape: tuple[int, ...], gather: st
     fusedopt.SGD([a, b], lr=1.0).step()
     assert (a == 1 - 3).all()
     assert (b == 2 - 4).all()
+
+
+@each_optimizer
+def test_a_parameter_that_torch_negates_lazily_falls_back(config: Config) -> None:
+    def trained(make: Callable[..., Optimizer], p: Tensor) -> Optimizer:
+        param = Parameter(p)
+        optimizer = make([param], **config.kwargs)
+        train(optimizer, [param], 2)
+        return optimizer
+
+    start = values((5,), 0)
+    view = torch.complex(start, -start).conj().imag
+    assert view.is_neg()
+    cause = "parameters that torch has yet to negate"
+    with pytest.warns(UserWarning, match=FALLS_BACK.format(config.name, cause)):
+        actual = trained(config.cls, view)
+    assert_same_state(actual, trained(oracle(config), start.clone()), assert_within)
+
+
+@each_optimizer
+def test_a_gradient_that_is_another_parameter(config: Config, two_threads: None) -> None:
+    """Updated one after the other, the second with what the first has become."""
+
+    def trained(make: Callable[..., Optimizer]) -> Optimizer:
+        a, b = parameters([(60_000,), (60_000,)])
+        optimizer = make([a, b], **config.kwargs)
+        for step in range(2):
+            a.grad, b.grad = values((60_000,), 1000 + step), a.detach()
+            optimizer.step()
+        return optimizer
+
+    assert_same_state(trained(config.cls), trained(oracle(config)), assert_within)
 
 
 def test_inference_tensors_are_stepped_in_inference_mode() -> None:

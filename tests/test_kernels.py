@@ -165,6 +165,19 @@ def test_encoding_rounds_to_nearest_even(isa: str, stored: torch.dtype) -> None:
     assert same_bits(p, (0 + g).to(stored))
 
 
+@each_isa
+def test_the_larger_of_two_zeros_has_the_sign_of_the_reference(isa: str) -> None:
+    config = Config("Adam", {"amsgrad": True})
+    optimizer, group = make_optimizer(config)
+    zeros = [torch.tensor([a, b] * 20) for a, b in [(0.0, 0.0), (-0.0, 0.0), (0.0, -0.0)]]
+    streams = [torch.ones(40), zeros[0].clone(), zeros[0].clone(), -zeros[0], zeros[1].clone()]
+    expected = reference_update(optimizer, group, 3, streams)
+    scalars = list(optimizer._scalars(group, 3).values())
+    ENGINES[isa].update("adam", 0b10, scalars, 1.0, streams, 1)
+    for actual, correct in zip([streams[0], *streams[2:]], expected, strict=True):
+        assert same_bits(actual, correct)
+
+
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "0-dim": lambda: torch.randn(()),
     "empty": lambda: torch.randn(0, 3),
