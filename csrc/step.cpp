@@ -10,30 +10,33 @@ namespace {
 
 // What one param group asks for: fusedopt._base.Group, read once a step.
 struct Group {
-  Group(const Kernels& kernels, py::handle source)
+  explicit Group(py::handle source)
       : params(source.attr("params")),
         names(source.attr("names")),
         has_kernel(py::cast<bool>(source.attr("has_kernel"))),
-        rule(find_rule(kernels, py::cast<std::string>(source.attr("rule")),
-                       py::cast<int>(source.attr("flags")))),
+        rule(py::cast<std::string>(source.attr("rule"))),
         states(py::cast<std::vector<py::str>>(source.attr("states"))),
         counts_steps(py::cast<bool>(source.attr("counts_steps"))),
         grad_scale(py::cast<double>(source.attr("grad_scale"))),
-        scalars(source.attr("scalars")),
+        fold(source.attr("fold")),
         create_state(source.attr("create_state")) {
-    if (static_cast<int>(states.size()) != rule.states) {
-      throw std::logic_error(std::string("rule ") + rule.name + " has another number of states");
-    }
+    if (states.size() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
   }
 
   py::list params;
   py::object names;
   bool has_kernel;
-  const Rule& rule;
+  std::string rule;
   std::vector<py::str> states;
   bool counts_steps;
   double grad_scale;
-  py::object scalars, create_state;
+  py::object fold, create_state;
+};
+
+// What a group does in one step number: a variant of its rule, with scalars.
+struct Folded {
+  const Rule& rule;
+  std::vector<double> scalars;
 };
 
 // One parameter that has a gradient and a kernel. The objects live in the group and in `held_`.
@@ -45,6 +48,7 @@ struct Entry {
   PyObject* step = nullptr;        // state["step"]; null while there is none
   TensorReader::Count count = {};  // its memory; null where it is a plain number
   double t = 1;                    // the number of this step
+  const Folded* folded = nullptr;  // for t
 };
 
 class StepPlan {
@@ -66,10 +70,12 @@ class StepPlan {
   void collect(const Group& group, int group_index, Py_ssize_t index);
   bool read_states(Entry& entry, View* views);
   void read_step(Entry& entry, Py_ssize_t* cursor);
-  const double* fold(const Entry& entry);
+  const Folded* fold(const Entry& entry);
+  void set_kernel(size_t i);
   Job make_job(const Entry& entry, const View* views);
   std::string name(const Entry& entry, const std::string& what) const;
 
+  const Kernels& kernels_;
   const TensorReader& reader_;
   const py::dict& state_;
   Py_ssize_t state_cursor_ = 0;
@@ -78,7 +84,7 @@ class StepPlan {
   std::vector<Job> jobs_;           // one an entry
   std::vector<size_t> incomplete_;  // entries that lack some state
   Held held_;
-  std::deque<std::vector<double>> scalars_;
+  std::deque<Folded> folded_;
   std::deque<Layout> layouts_;
 };
 
@@ -119,10 +125,10 @@ std::string StepPlan::name(const Entry& entry, const std::string& what) const {
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
                    const py::sequence& groups)
-    : reader_(reader), state_(state) {
+    : kernels_(kernels), reader_(reader), state_(state) {
   size_t count = 0;
   for (const py::handle group : groups) {
-    groups_.emplace_back(kernels, group);
+    groups_.emplace_back(group);
     count += groups_.back().params.size();
   }
   entries_.reserve(count);
@@ -192,7 +198,7 @@ PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
 // Reads and validates what exists of the entry's state; false if something is missing.
 bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
-  if (group.rule.states == 0 && !group.counts_steps) return true;
+  if (group.states.empty() && !group.counts_steps) return true;
   entry.state = find(state_.ptr(), entry.param, &state_cursor_);
   if (!entry.state) return false;
   if (!PyDict_Check(entry.state)) {
@@ -203,7 +209,7 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   Py_ssize_t cursor = 0;
   if (group.counts_steps) read_step(entry, &cursor);
   bool complete = !group.counts_steps || entry.step;
-  for (int s = 0; s < group.rule.states; ++s) {
+  for (size_t s = 0; s < group.states.size(); ++s) {
     PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor);
     if (!tensor || tensor == Py_None) {
       complete = false;
@@ -256,19 +262,30 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
 
 // ---- the other parts of a step ------------------------------------------------------------------
 
-// The rule's scalars for one step number, from Python.
-const double* StepPlan::fold(const Entry& entry) {
+Update update_for(const Rule& rule, DType param) {
+  return param == DType::f64 ? rule.update_f64 : rule.update_f32;
+}
+
+// From Python.
+const Folded* StepPlan::fold(const Entry& entry) {
   const Group& group = *entry.group;
-  std::vector<double> values;
-  for (const auto& item : py::cast<py::dict>(group.scalars(entry.t))) {
-    values.push_back(py::cast<double>(item.second));
+  const auto [flags, scalars] = py::cast<std::pair<int, py::dict>>(group.fold(entry.t));
+  Folded folded{find_rule(kernels_, group.rule, flags), {}};
+  for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
+  if (static_cast<int>(group.states.size()) != folded.rule.states) {
+    throw std::logic_error("rule " + group.rule + " has another number of states");
   }
-  if (static_cast<int>(values.size()) != group.rule.scalars) {
-    throw std::logic_error(std::string("rule ") + group.rule.name +
-                           " has another number of scalars");
+  if (static_cast<int>(folded.scalars.size()) != folded.rule.scalars) {
+    throw std::logic_error("rule " + group.rule + " has another number of scalars");
   }
-  scalars_.push_back(std::move(values));
-  return scalars_.back().data();
+  folded_.push_back(std::move(folded));
+  return &folded_.back();
+}
+
+void StepPlan::set_kernel(size_t i) {
+  const Folded& folded = *entries_[i].folded;
+  jobs_[i].update = update_for(folded.rule, jobs_[i].streams[kParam].dtype);
+  jobs_[i].scalars = folded.scalars.data();
 }
 
 void StepPlan::fold_scalars() {
@@ -282,7 +299,8 @@ void StepPlan::fold_scalars() {
   for (size_t i = 0; i < entries_.size(); ++i) {
     const bool as_before =
         i > 0 && entries_[i].group == entries_[i - 1].group && entries_[i].t == entries_[i - 1].t;
-    jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
+    entries_[i].folded = as_before ? entries_[i - 1].folded : fold(entries_[i]);
+    set_kernel(i);
   }
 }
 
@@ -304,9 +322,8 @@ void StepPlan::create_missing_states() {
         !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
       throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
     }
-    const double* scalars = jobs_[i].scalars;
     jobs_[i] = make_job(entry, views);
-    jobs_[i].scalars = scalars;
+    set_kernel(i);
   }
 }
 
@@ -322,18 +339,19 @@ void StepPlan::advance_step_counts() {
     }
     if (entry.count.get() + 1 != entry.t) {  // the parameter is listed twice: its next step
       entry.t = entry.count.get() + 1;
-      jobs_[i].scalars = fold(entry);
+      entry.folded = fold(entry);
+      set_kernel(i);
     }
     entry.count.increment();
   }
 }
 
-Job job_for(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts) {
+// All but the kernel and its scalars.
+Job job_for(int states, double grad_scale, const View* views, std::deque<Layout>* layouts) {
   Job job{};
-  job.update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
   job.grad_scale = grad_scale;
   job.numel = views[kParam].numel;
-  job.stream_count = kFirstState + rule.states;
+  job.stream_count = kFirstState + states;
   for (int s = 0; s < job.stream_count; ++s) job.streams[s] = {views[s].data, views[s].dtype};
   Layout layout = common_layout(views, job.stream_count);
   if (!layout.empty()) {
@@ -344,7 +362,8 @@ Job job_for(const Rule& rule, double grad_scale, const View* views, std::deque<L
 }
 
 Job StepPlan::make_job(const Entry& entry, const View* views) {
-  return job_for(entry.group->rule, entry.group->grad_scale, views, &layouts_);
+  const auto states = static_cast<int>(entry.group->states.size());
+  return job_for(states, entry.group->grad_scale, views, &layouts_);
 }
 
 }  // namespace
@@ -386,7 +405,8 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     }
   }
   std::deque<Layout> layouts;
-  std::vector<Job> jobs{job_for(rule, grad_scale, views, &layouts)};
+  std::vector<Job> jobs{job_for(rule.states, grad_scale, views, &layouts)};
+  jobs[0].update = update_for(rule, views[kParam].dtype);
   jobs[0].scalars = scalars.data();
   py::gil_scoped_release unlocked;
   run(jobs, threads);

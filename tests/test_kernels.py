@@ -84,18 +84,24 @@ def make_streams(
 
 
 def check_update(
-    isa: str, config: Config, n: int, dtypes: tuple[torch.dtype, ...], offset: int, threads: int
+    isa: str,
+    config: Config,
+    n: int,
+    dtypes: tuple[torch.dtype, ...],
+    offset: int,
+    threads: int,
+    t: int = 3,
 ) -> None:
     optimizer, group = make_optimizer(config)
     rule = optimizer._rule(group)
     streams = make_streams(optimizer, group, n, dtypes, offset)
     gradient = streams[1].tensor.clone()
     scale = 0.37
-    expected = reference_update(optimizer, group, 3, [x.tensor for x in streams], scale)
+    expected = reference_update(optimizer, group, t, [x.tensor for x in streams], scale)
     ENGINES[isa].update(
         rule.name,
-        sum(flag << i for i, flag in enumerate(rule.flags)),
-        list(optimizer._scalars(group, 3).values()),
+        sum(flag << i for i, flag in enumerate(optimizer._flags(group, t))),
+        list(optimizer._scalars(group, t).values()),
         -scale if group["maximize"] else scale,
         [x.tensor for x in streams],
         threads,
