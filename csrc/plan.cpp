@@ -7,20 +7,17 @@
 
 namespace fusedopt {
 
-Group::Group(const Kernels& kernels, py::handle source)
+Group::Group(py::handle source)
     : params(py::tuple(source.attr("params"))),
       names(source.attr("names")),
       has_kernel(py::cast<bool>(source.attr("has_kernel"))),
-      rule(find_rule(kernels, py::cast<std::string>(source.attr("rule")),
-                     py::cast<int>(source.attr("flags")))),
+      rule(py::cast<std::string>(source.attr("rule"))),
       states(py::cast<std::vector<py::str>>(source.attr("states"))),
       counts_steps(py::cast<bool>(source.attr("counts_steps"))),
       grad_scale(py::cast<double>(source.attr("grad_scale"))),
-      scalars(source.attr("scalars")),
+      fold(source.attr("fold")),
       create_state(source.attr("create_state")) {
-  if (static_cast<int>(states.size()) != rule.states) {
-    throw std::logic_error(std::string("rule ") + rule.name + " has another number of states");
-  }
+  if (states.size() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
 }
 
 // ---- messages -----------------------------------------------------------------------------------
@@ -63,10 +60,10 @@ static PyObject* step_key() {
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
                    const py::sequence& groups)
-    : reader_(reader), state_(state) {
+    : kernels_(kernels), reader_(reader), state_(state) {
   size_t count = 0;
   for (const py::handle group : groups) {
-    groups_.emplace_back(kernels, group);
+    groups_.emplace_back(group);
     count += groups_.back().params.size();
   }
   entries_.reserve(count);
@@ -123,7 +120,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
     distributed_.push_back(jobs_.size());
   }
   if (read_states(entry, views)) {
-    set_update(entry, views, &jobs_.emplace_back());
+    set_job(entry, views, &jobs_.emplace_back());
   } else {
     incomplete_.push_back(jobs_.size());
     set_norm(g, &layouts_, &jobs_.emplace_back());  // all that it can have by now
@@ -149,7 +146,7 @@ static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* i
 // Reads and validates what exists of the entry's state; false if something is missing.
 bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
-  if (group.rule.states == 0 && !group.counts_steps) return true;
+  if (group.states.empty() && !group.counts_steps) return true;
   entry.state = find(state_.ptr(), entry.param, &state_cursor_, &in_order_);
   if (!entry.state) return false;
   if (!PyDict_Check(entry.state)) {
@@ -161,7 +158,7 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   bool any_order = true;
   if (group.counts_steps) read_step(entry, &cursor);
   bool complete = !group.counts_steps || entry.step;
-  for (int s = 0; s < group.rule.states; ++s) {
+  for (size_t s = 0; s < group.states.size(); ++s) {
     PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor, &any_order);
     if (!tensor || tensor == Py_None) {
       complete = false;
@@ -232,19 +229,20 @@ void StepPlan::count_repeats() {
 
 // ---- the other parts of a step ------------------------------------------------------------------
 
-// The rule's scalars for one step number, from Python.
-const double* StepPlan::fold(const Entry& entry) {
+// From Python.
+const Folded* StepPlan::fold(const Entry& entry) {
   const Group& group = *entry.group;
-  std::vector<double> values;
-  for (const auto& item : py::cast<py::dict>(group.scalars(entry.t))) {
-    values.push_back(py::cast<double>(item.second));
+  const auto [flags, scalars] = py::cast<std::pair<int, py::dict>>(group.fold(entry.t));
+  Folded folded{find_rule(kernels_, group.rule, flags), {}};
+  for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
+  if (static_cast<int>(group.states.size()) != folded.rule.states) {
+    throw std::logic_error("rule " + group.rule + " has another number of states");
   }
-  if (static_cast<int>(values.size()) != group.rule.scalars) {
-    throw std::logic_error(std::string("rule ") + group.rule.name +
-                           " has another number of scalars");
+  if (static_cast<int>(folded.scalars.size()) != folded.rule.scalars) {
+    throw std::logic_error("rule " + group.rule + " has another number of scalars");
   }
-  scalars_.push_back(std::move(values));
-  return scalars_.back().data();
+  folded_.push_back(std::move(folded));
+  return &folded_.back();
 }
 
 void StepPlan::fold_scalars() {
@@ -256,9 +254,11 @@ void StepPlan::fold_scalars() {
     if (!entries_[i].group->counts_steps) entries_[i].t = 1;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
-    const bool as_before =
-        i > 0 && entries_[i].group == entries_[i - 1].group && entries_[i].t == entries_[i - 1].t;
-    jobs_[i].scalars = as_before ? jobs_[i - 1].scalars : fold(entries_[i]);
+    Entry& entry = entries_[i];
+    const Entry* before = i > 0 ? &entries_[i - 1] : nullptr;
+    const bool same = before && before->group == entry.group && before->t == entry.t;
+    entry.folded = same ? before->folded : fold(entry);
+    set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
   }
 }
 
@@ -271,7 +271,8 @@ void StepPlan::create_missing_states() {
         !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
       throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
     }
-    set_update(entry, views, &jobs_[i]);
+    set_job(entry, views, &jobs_[i]);
+    set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
   }
 }
 
@@ -308,7 +309,7 @@ static const Layout* kept(Layout layout, std::deque<Layout>* layouts) {
   return &layouts->back();
 }
 
-static void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job) {
+void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job) {
   job->numel = views[kParam].numel;
   job->stream_count = count;
   for (int s = 0; s < count; ++s) job->streams[s] = {views[s].data, views[s].dtype};
@@ -316,11 +317,9 @@ static void set_streams(const View* views, int count, std::deque<Layout>* layout
   job->grad_layout = job->layout ? kept(common_layout(&views[kGrad], 1), layouts) : nullptr;
 }
 
-void set_update(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts,
-                Job* job) {
-  set_streams(views, kFirstState + rule.states, layouts, job);
-  job->update = views[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
-  job->grad_scale = grad_scale;
+void set_rule(const Rule& rule, const double* scalars, Job* job) {
+  job->update = job->streams[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
+  job->scalars = scalars;
 }
 
 void set_norm(const View& view, std::deque<Layout>* layouts, Job* job) {
@@ -328,8 +327,9 @@ void set_norm(const View& view, std::deque<Layout>* layouts, Job* job) {
   set_streams(views, 2, layouts, job);
 }
 
-void StepPlan::set_update(const Entry& entry, const View* views, Job* job) {
-  fusedopt::set_update(entry.group->rule, entry.group->grad_scale, views, &layouts_, job);
+void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
+  set_streams(views, kFirstState + static_cast<int>(entry.group->states.size()), &layouts_, job);
+  job->grad_scale = entry.group->grad_scale;
 }
 
 std::vector<Job> StepPlan::jobs_of_norm() const {

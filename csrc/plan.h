@@ -10,16 +10,22 @@ namespace fusedopt {
 
 // What one param group asks for: fusedopt._base.Group, read once a step.
 struct Group {
-  Group(const Kernels& kernels, py::handle source);
+  explicit Group(py::handle source);
 
   py::tuple params;  // a copy: while Python code runs, the list may change
   py::object names;
   bool has_kernel;
-  const Rule& rule;
+  std::string rule;
   std::vector<py::str> states;
   bool counts_steps;
   double grad_scale;
-  py::object scalars, create_state;
+  py::object fold, create_state;
+};
+
+// What a group does in one step number: a variant of its rule, with scalars.
+struct Folded {
+  const Rule& rule;
+  std::vector<double> scalars;
 };
 
 // One parameter that has a gradient and a kernel. Its objects live in the group and in `held_`.
@@ -34,6 +40,7 @@ struct Entry {
   PyObject* step = nullptr;        // state["step"]; null while there is none
   TensorReader::Count count = {};  // its memory; null where it is a plain number
   double t = 1;                    // the number of this step
+  const Folded* folded = nullptr;  // for t
 };
 
 class StepPlan {
@@ -66,10 +73,11 @@ class StepPlan {
   bool read_states(Entry& entry, View* views);
   void read_step(Entry& entry, Py_ssize_t* cursor);
   void count_repeats();
-  const double* fold(const Entry& entry);
-  void set_update(const Entry& entry, const View* views, Job* job);
+  const Folded* fold(const Entry& entry);
+  void set_job(const Entry& entry, const View* views, Job* job);
   std::string name(const Entry& entry, const std::string& what) const;
 
+  const Kernels& kernels_;
   const TensorReader& reader_;
   const py::dict& state_;
   Py_ssize_t state_cursor_ = 0;
@@ -80,14 +88,15 @@ class StepPlan {
   std::vector<size_t> incomplete_;   // entries that lack some state
   std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
   Held held_;
-  std::deque<std::vector<double>> scalars_;
+  std::deque<Folded> folded_;
   std::deque<Layout> layouts_;
 };
 
-// Make a job apply `rule` to streams [param, grad, *states], but for its scalars;
-void set_update(const Rule& rule, double grad_scale, const View* views, std::deque<Layout>* layouts,
-                Job* job);
-// or have a gradient and nothing else, for a norm.
+// What a job walks, in the order of Job::streams;
+void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job);
+// what it applies to them, once it has them;
+void set_rule(const Rule& rule, const double* scalars, Job* job);
+// or a gradient alone, twice: for a norm, and for a rule that writes gradients.
 void set_norm(const View& view, std::deque<Layout>* layouts, Job* job);
 
 }  // namespace fusedopt

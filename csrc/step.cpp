@@ -106,9 +106,8 @@ py::list Engine::scale(const py::sequence& tensors, double factor, int threads) 
             " is a view in which elements share memory; expected every element in a place of its "
             "own; assign a clone() of it");
       }
-      const View views[] = {view, view};
-      set_update(rule, 1, views, &layouts, &jobs.emplace_back());
-      jobs.back().scalars = &factor;
+      set_norm(view, &layouts, &jobs.emplace_back());
+      set_rule(rule, &factor, &jobs.back());
     } else {
       others.append(tensor);
     }
@@ -139,8 +138,9 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
   }
   std::deque<Layout> layouts;
   std::vector<Job> jobs(1);
-  set_update(rule, grad_scale, views, &layouts, &jobs[0]);
-  jobs[0].scalars = scalars.data();
+  set_streams(views, kFirstState + rule.states, &layouts, &jobs[0]);
+  set_rule(rule, scalars.data(), &jobs[0]);
+  jobs[0].grad_scale = grad_scale;
   py::gil_scoped_release unlocked;
   run_updates(jobs, threads, 1);
 }

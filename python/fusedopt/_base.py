@@ -21,7 +21,8 @@ class Rule(NamedTuple):
     name: str
     """As registered in csrc/rules.h."""
     flags: tuple[bool, ...]
-    """The bool template parameters of the rule, in order."""
+    """The bool template parameters of the rule, in order; those that depend on t are last and not
+    here: see `Fused._flags`."""
     states: tuple[str, ...]
     """Keys of the state tensors, in the order in which the rule takes them."""
     counts_steps: bool
@@ -35,11 +36,11 @@ class Group(NamedTuple):
     names: list[str] | None
     has_kernel: bool
     rule: str
-    flags: int
     states: tuple[str, ...]
     counts_steps: bool
     grad_scale: float
-    scalars: Callable[[float], dict[str, float]]
+    fold: Callable[[float], tuple[int, dict[str, float]]]
+    """Flags, as bits, and scalars of the rule for step number t."""
     create_state: Callable[[Tensor], None]
 
 
@@ -122,6 +123,10 @@ class Fused(Optimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
+
+    def _flags(self, group: dict[str, Any], t: float) -> tuple[bool, ...]:
+        """Return all flags of the rule for step number t."""
+        return self._rule(group).flags
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         """Return the rule's scalars for step number t, in the order of its fields, in double.
@@ -314,16 +319,20 @@ class Fused(Optimizer):
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)
+
+        def fold(t: float) -> tuple[int, dict[str, float]]:
+            flags = sum(flag << bit for bit, flag in enumerate(self._flags(group, t)))
+            return flags, self._scalars(group, t)
+
         return Group(
             params=group["params"],
             names=group.get("param_names"),
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
-            flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
             states=rule.states,
             counts_steps=rule.counts_steps,
             grad_scale=-1.0 if group["maximize"] else 1.0,
-            scalars=lambda t: self._scalars(group, t),
+            fold=fold,
             create_state=lambda p: self._create_state(rule, p),
         )
 
