@@ -137,7 +137,8 @@ def test_a_parameter_whose_first_gradient_arrives_late(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(name, {}) for name in ("Adam", "AdamW", "RMSprop", "Adagrad", "RAdam")]
+    "config",
+    [Config(name, {"lr": 0.1}) for name in ("Adam", "AdamW", "RMSprop", "Adagrad", "RAdam")],
 )
 def test_f16_parameters_with_the_default_eps_stay_finite(config: Config) -> None:
     """In float16 eps is 0, and so are the squares of small gradients."""
