@@ -123,8 +123,12 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
 
 static void update_piece(const Piece& piece, double factor) {
   const Job& job = *piece.job;
-  if (job.layout) return update_strided(job, factor, piece.first, piece.count);
-  job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count);
+  if (job.layout) {
+    update_strided(job, factor, piece.first, piece.count);
+  } else {
+    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count);
+  }
+  if (job.then) update_piece({job.then, piece.first, piece.count, 0}, 1);
 }
 
 // A block of a gradient with a layout, gathered into a small array.

@@ -72,6 +72,7 @@ struct Job {
   Stream streams[kMaxStreams];
   const Layout* layout = nullptr;       // null: every stream is one array of numel elements
   const Layout* grad_layout = nullptr;  // of the gradient in stride[0], in its own order
+  const Job* then = nullptr;            // for the same elements of param, while they are in cache
 };
 
 // The kernels that this machine can run, best first.

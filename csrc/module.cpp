@@ -15,7 +15,8 @@ PYBIND11_MODULE(_core, m) {
       .def("step", &Engine::step, py::arg("state"), py::arg("groups"), py::arg("threads"),
            py::arg("scaling"), py::arg("fallback"), py::arg("outside"))
       .def("norm", &Engine::norm, py::arg("tensors"), py::arg("order"), py::arg("threads"))
-      .def("scale", &Engine::scale, py::arg("tensors"), py::arg("factor"), py::arg("threads"))
+      .def("apply", &Engine::apply, py::arg("rule"), py::arg("scalars"), py::arg("rows"),
+           py::arg("threads"))
       .def("update", &Engine::update, py::arg("rule"), py::arg("flags"), py::arg("scalars"),
            py::arg("grad_scale"), py::arg("tensors"), py::arg("threads"))
       .def_property_readonly("isa", &Engine::isa)

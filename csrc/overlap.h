@@ -36,7 +36,8 @@ inline void sort_extents(std::vector<Extent>* extents) {
 // Whether something that a job writes overlaps something that any stream reads or writes.
 inline bool any_overlap(const std::vector<Job>& jobs) {
   // One list for each stream, since allocators tend to hand out equal things in order.
-  std::vector<Extent> lists[kMaxStreams];
+  constexpr int kLists = kMaxStreams + 1;
+  std::vector<Extent> lists[kLists];
   for (const Job& job : jobs) {
     if (job.numel == 0) continue;
     for (int s = 0; s < job.stream_count; ++s) {
@@ -44,13 +45,16 @@ inline bool any_overlap(const std::vector<Job>& jobs) {
       if (s == kGrad && job.streams[s].data == job.streams[kParam].data) continue;
       lists[s].push_back(extent(job, s));
     }
+    for (int s = kFirstState; job.then && s < job.then->stream_count; ++s) {
+      lists[kMaxStreams].push_back(extent(*job.then, s));
+    }
   }
-  size_t next[kMaxStreams] = {};
+  size_t next[kLists] = {};
   for (std::vector<Extent>& list : lists) sort_extents(&list);
   const char *written_end = nullptr, *read_end = nullptr;
   for (;;) {
     int first = -1;
-    for (int s = 0; s < kMaxStreams; ++s) {
+    for (int s = 0; s < kLists; ++s) {
       if (next[s] == lists[s].size()) continue;
       if (first < 0 || lists[s][next[s]].begin < lists[first][next[first]].begin) first = s;
     }

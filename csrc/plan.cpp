@@ -13,11 +13,13 @@ Group::Group(py::handle source)
       has_kernel(py::cast<bool>(source.attr("has_kernel"))),
       rule(py::cast<std::string>(source.attr("rule"))),
       states(py::cast<std::vector<py::str>>(source.attr("states"))),
+      has_slow(py::cast<bool>(source.attr("has_slow"))),
+      alpha(py::cast<double>(source.attr("alpha"))),
       counts_steps(py::cast<bool>(source.attr("counts_steps"))),
       grad_scale(py::cast<double>(source.attr("grad_scale"))),
       fold(source.attr("fold")),
       create_state(source.attr("create_state")) {
-  if (states.size() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
+  if (rule_states() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
 }
 
 // ---- messages -----------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
   if (held_.back().is_none()) return;
   Entry& entry = entries_.emplace_back(&group, index, param, held_.back().ptr());
 
-  View views[kMaxStreams];
+  View views[kMaxStreams + 1];
   View &p = views[kParam], &g = views[kGrad];
   if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
       !reader_.read(entry.grad, &g, &held_) || negated(entry.param, p)) {
@@ -143,6 +145,33 @@ static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* i
   return value;
 }
 
+void StepPlan::read_state(const Entry& entry, PyObject* tensor, const py::str& key,
+                          const View& param, View* view) {
+  held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+  const auto state_name = [&] { return name(entry, std::string(key)); };
+  if (!reader_.read(tensor, view, &held_)) {
+    throw py::type_error(state_name() + " is " + type_text(tensor) +
+                         ", expected a strided float32, float64, bfloat16 or float16 tensor on "
+                         "cpu; move it there, or delete opt.state[p] to start anew");
+  }
+  if (!same_shape(param, *view)) {
+    throw py::value_error(state_name() + " has shape " + shape_text(*view) + ", expected " +
+                          shape_text(param) +
+                          "; load a checkpoint of this model, or delete opt.state[p] to start "
+                          "anew");
+  }
+  if (overlaps_itself(*view)) {
+    throw py::value_error(state_name() +
+                          " is a view in which elements share memory; expected every element in "
+                          "a place of its own; store a clone() of it");
+  }
+  if (negated(tensor, *view)) {
+    throw py::value_error(state_name() +
+                          " is a view that torch has yet to negate; expected memory with the "
+                          "values themselves; store resolve_neg() of it");
+  }
+}
+
 // Reads and validates what exists of the entry's state; false if something is missing.
 bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
@@ -164,30 +193,8 @@ bool StepPlan::read_states(Entry& entry, View* views) {
       complete = false;
       continue;
     }
-    held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-    View& view = views[kFirstState + s];
-    const auto state_name = [&] { return name(entry, std::string(group.states[s])); };
-    if (!reader_.read(tensor, &view, &held_)) {
-      throw py::type_error(state_name() + " is " + type_text(tensor) +
-                           ", expected a strided float32, float64, bfloat16 or float16 tensor on "
-                           "cpu; move it there, or delete opt.state[p] to start anew");
-    }
-    if (!same_shape(views[kParam], view)) {
-      throw py::value_error(state_name() + " has shape " + shape_text(view) + ", expected " +
-                            shape_text(views[kParam]) +
-                            "; load a checkpoint of this model, or delete opt.state[p] to start "
-                            "anew");
-    }
-    if (overlaps_itself(view)) {
-      throw py::value_error(state_name() +
-                            " is a view in which elements share memory; expected every element in "
-                            "a place of its own; store a clone() of it");
-    }
-    if (negated(tensor, view)) {
-      throw py::value_error(state_name() +
-                            " is a view that torch has yet to negate; expected memory with the "
-                            "values themselves; store resolve_neg() of it");
-    }
+    if (s == group.rule_states() && group.alpha == 0) continue;  // slow weights, at rest
+    read_state(entry, tensor, group.states[s], views[kParam], &views[kFirstState + s]);
   }
   return complete;
 }
@@ -235,7 +242,7 @@ const Folded* StepPlan::fold(const Entry& entry) {
   const auto [flags, scalars] = py::cast<std::pair<int, py::dict>>(group.fold(entry.t));
   Folded folded{find_rule(kernels_, group.rule, flags), {}};
   for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
-  if (static_cast<int>(group.states.size()) != folded.rule.states) {
+  if (static_cast<int>(group.rule_states()) != folded.rule.states) {
     throw std::logic_error("rule " + group.rule + " has another number of states");
   }
   if (static_cast<int>(folded.scalars.size()) != folded.rule.scalars) {
@@ -266,7 +273,7 @@ void StepPlan::create_missing_states() {
   for (const size_t i : incomplete_) {
     Entry& entry = entries_[i];
     entry.group->create_state(py::handle(entry.param));
-    View views[kMaxStreams];
+    View views[kMaxStreams + 1];
     if (!reader_.read(entry.param, &views[kParam], &held_) ||
         !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
       throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
@@ -328,8 +335,16 @@ void set_norm(const View& view, std::deque<Layout>* layouts, Job* job) {
 }
 
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
-  set_streams(views, kFirstState + static_cast<int>(entry.group->states.size()), &layouts_, job);
-  job->grad_scale = entry.group->grad_scale;
+  const Group& group = *entry.group;
+  const int streams = kFirstState + static_cast<int>(group.rule_states());
+  set_streams(views, streams, &layouts_, job);
+  job->grad_scale = group.grad_scale;
+  if (!group.has_slow || group.alpha == 0) return;
+  const View slow[] = {views[kParam], views[kParam], views[streams]};
+  Job& then = jobs_after_.emplace_back();
+  set_streams(slow, 3, &layouts_, &then);
+  set_rule(find_rule(kernels_, "lookahead", 0), &group.alpha, &then);
+  job->then = &then;
 }
 
 std::vector<Job> StepPlan::jobs_of_norm() const {

@@ -16,10 +16,14 @@ struct Group {
   py::object names;
   bool has_kernel;
   std::string rule;
-  std::vector<py::str> states;
+  std::vector<py::str> states;  // of the rule, and then the slow weights, if there are any
+  bool has_slow;
+  double alpha;  // of Lookahead; 0 if this step does not move the slow weights
   bool counts_steps;
   double grad_scale;
   py::object fold, create_state;
+
+  size_t rule_states() const { return states.size() - has_slow; }
 };
 
 // What a group does in one step number: a variant of its rule, with scalars.
@@ -71,6 +75,8 @@ class StepPlan {
  private:
   void collect(const Group& group, int group_index, Py_ssize_t index);
   bool read_states(Entry& entry, View* views);
+  void read_state(const Entry& entry, PyObject* tensor, const py::str& key, const View& param,
+                  View* view);
   void read_step(Entry& entry, Py_ssize_t* cursor);
   void count_repeats();
   const Folded* fold(const Entry& entry);
@@ -90,6 +96,7 @@ class StepPlan {
   Held held_;
   std::deque<Folded> folded_;
   std::deque<Layout> layouts_;
+  std::deque<Job> jobs_after_;
 };
 
 // What a job walks, in the order of Job::streams;

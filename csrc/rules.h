@@ -5,6 +5,7 @@
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/lion.h"
+#include "rules/lookahead.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/scale.h"
@@ -19,4 +20,5 @@
   X("adagrad", Adagrad, 1)          \
   X("radam", RAdam, 2)              \
   X("lion", Lion, 0)                \
+  X("lookahead", Lookahead, 0)      \
   X("scale", Scale, 0)

@@ -89,28 +89,34 @@ std::pair<double, py::list> Engine::norm(const py::sequence& tensors, double ord
   return {sum, others};
 }
 
-py::list Engine::scale(const py::sequence& tensors, double factor, int threads) const {
-  const Rule& rule = find_rule(kernels_, "scale", 0);
+py::list Engine::apply(const std::string& rule_name, const std::vector<double>& scalars,
+                       const py::sequence& rows, int threads) const {
+  const Rule& rule = find_rule(kernels_, rule_name, 0);
   Held held;
   std::deque<Layout> layouts;
   std::vector<Job> jobs;
   py::list others;
-  for (const py::handle each : tensors) {
-    auto tensor = py::reinterpret_borrow<py::object>(each);
-    held.push_back(tensor);
-    View view;
-    if (reader_.read(tensor.ptr(), &view, &held)) {
-      if (overlaps_itself(view)) {
-        throw py::value_error(
-            "a gradient of shape " + shape_text(view) +
-            " is a view in which elements share memory; expected every element in a place of its "
-            "own; assign a clone() of it");
-      }
-      set_norm(view, &layouts, &jobs.emplace_back());
-      set_rule(rule, &factor, &jobs.back());
-    } else {
-      others.append(tensor);
+  for (const py::handle row : rows) {
+    const auto tensors = py::reinterpret_borrow<py::sequence>(row);
+    View views[kMaxStreams];
+    bool readable = true;
+    for (size_t s = 0; s < tensors.size(); ++s) {
+      held.push_back(tensors[s]);
+      readable = readable && reader_.read(held.back().ptr(), &views[s], &held) &&
+                 same_shape(views[0], views[s]);
     }
+    if (!readable) {
+      others.append(row);
+      continue;
+    }
+    if (overlaps_itself(views[kParam])) {
+      throw py::value_error("a tensor of shape " + shape_text(views[kParam]) +
+                            " is a view in which elements share memory; expected every element in "
+                            "a place of its own; replace it by a clone() of it");
+    }
+    Job& job = jobs.emplace_back();
+    set_streams(views, kFirstState + rule.states, &layouts, &job);
+    set_rule(rule, scalars.data(), &job);
   }
   {
     py::gil_scoped_release unlocked;

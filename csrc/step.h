@@ -26,12 +26,14 @@ class Engine {
   // needs Python for: they are not in it.
   std::pair<double, py::list> norm(const py::sequence& tensors, double order, int threads) const;
 
-  // Applies one rule to streams [param, grad, *states] on exactly `threads` threads.
+  // Applies one rule to streams [param, grad, *states] on exactly `threads` threads: for tests.
   void update(const std::string& rule, int flags, const std::vector<double>& scalars,
               double grad_scale, const py::sequence& tensors, int threads) const;
 
-  // Multiplies tensors by `factor`, and returns those that it cannot write: they are as before.
-  py::list scale(const py::sequence& tensors, double factor, int threads) const;
+  // Applies one rule without flags to each row of streams [param, grad, *states], and returns the
+  // rows that it cannot read: they are as before.
+  py::list apply(const std::string& rule, const std::vector<double>& scalars,
+                 const py::sequence& rows, int threads) const;
 
   const char* isa() const { return kernels_.isa; }
   bool fast_gather() const { return reader_.fast(); }

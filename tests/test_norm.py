@@ -204,7 +204,7 @@ def test_clip_grad_norm_bumps_the_versions_of_what_it_writes() -> None:
 def test_an_expanded_gradient_cannot_be_clipped_in_place() -> None:
     params = parameters([(3,), (4,)])
     params[0].grad, params[1].grad = torch.ones(3).double(), torch.ones(1).double().expand(4)
-    with pytest.raises(ValueError, match=r"a gradient of shape \(4,\) is a view in which elements"):
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4,\) is a view in which elements"):
         fusedopt.clip_grad_norm_(params, 1e-3)
     assert (params[0].grad == 1).all()
 

@@ -12,6 +12,7 @@ from fusedopt.amp import GradScaler as GradScaler
 from fusedopt.clip import clip_grad_norm_ as clip_grad_norm_
 from fusedopt.clip import get_total_norm as get_total_norm
 from fusedopt.lion import Lion as Lion
+from fusedopt.lookahead import Lookahead as Lookahead
 from fusedopt.radam import RAdam as RAdam
 from fusedopt.rmsprop import RMSprop as RMSprop
 from fusedopt.sgd import SGD as SGD

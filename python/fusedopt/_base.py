@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypedDict, overload
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt import _core, _engine, clip
+
+if TYPE_CHECKING:
+    from fusedopt.lookahead import Lookahead
+
+SLOW = "slow"  # the key of Lookahead's slow weights in the state
 
 
 class Rule(NamedTuple):
@@ -37,6 +42,8 @@ class Group(NamedTuple):
     has_kernel: bool
     rule: str
     states: tuple[str, ...]
+    has_slow: bool
+    alpha: float
     counts_steps: bool
     grad_scale: float
     fold: Callable[[float], tuple[int, dict[str, float]]]
@@ -96,6 +103,8 @@ class Fused(Optimizer):
     # From clip_grad_norm_, for the next step.
     _next_norm: float | None = None
     _coefficient: float = 1.0
+    _skipped: bool = False  # whether the last step was
+    _lookahead: Lookahead | None = None  # during a step that one makes
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
 
     def __init__(
@@ -329,7 +338,9 @@ class Fused(Optimizer):
             names=group.get("param_names"),
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
-            states=rule.states,
+            states=rule.states + ((SLOW,) if self._lookahead else ()),
+            has_slow=self._lookahead is not None,
+            alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
             counts_steps=rule.counts_steps,
             grad_scale=-1.0 if group["maximize"] else 1.0,
             fold=fold,
@@ -344,6 +355,8 @@ class Fused(Optimizer):
         for name in rule.states:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self._lookahead and SLOW not in state:
+            state[SLOW] = p.detach().clone(memory_format=torch.preserve_format)
 
     # ---- parameters without a kernel ---------------------------------------------------------
 
@@ -358,7 +371,9 @@ class Fused(Optimizer):
             self._warn_of_fallback(_cause(self.param_groups[index], p))
             by_group.setdefault(index, []).append(p)
         groups = [{**self.param_groups[i], "params": params} for i, params in by_group.items()]
-        with _scaled_gradients([p for _, p in unsupported], factor):
+        params = [p for _, p in unsupported]
+        followed = self._lookahead.following(params) if self._lookahead else nullcontext()
+        with _scaled_gradients(params, factor), followed:
             self._torch_step(groups)
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:

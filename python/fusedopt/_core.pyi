@@ -25,7 +25,9 @@ class Engine:
     def norm(
         self, tensors: Sequence[Tensor], order: float, threads: int
     ) -> tuple[float, list[Tensor]]: ...
-    def scale(self, tensors: Sequence[Tensor], factor: float, threads: int) -> list[Tensor]: ...
+    def apply(
+        self, rule: str, scalars: Sequence[float], rows: Sequence[Sequence[Tensor]], threads: int
+    ) -> list[Sequence[Tensor]]: ...
     def update(
         self,
         rule: str,

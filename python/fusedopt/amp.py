@@ -9,6 +9,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from fusedopt._base import Fused
+from fusedopt.lookahead import Lookahead
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -24,22 +25,22 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer, unless its gradients are infinite or NaN; see `GradScaler`."""
-        if not self._enabled or not isinstance(optimizer, Fused):
-            return super().step(optimizer, *args, **kwargs)
+        fused = _fused(optimizer)
         state = self._per_optimizer_states[id(optimizer)]
-        asks = state["stage"] is OptState.READY
-        optimizer._scaler_asks = asks
+        if not self._enabled or fused is None or state["stage"] is not OptState.READY:
+            return super().step(optimizer, *args, **kwargs)
+        fused._scaler_asks = True
         try:
             result = super().step(optimizer, *args, **kwargs)
         finally:
-            optimizer._scaler_asks = False
-        if asks:
-            self._record(optimizer, float(optimizer._skipped))
+            fused._scaler_asks = False
+        self._record(optimizer, float(fused._skipped))
         return result
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> Any:
         """Let torch go on without a pass of its own where the optimizer will do it."""
-        if isinstance(optimizer, Fused) and optimizer._scaler_asks:
+        fused = _fused(optimizer)
+        if fused is not None and fused._scaler_asks:
             return self._record(optimizer, 0.0)
         return super()._check_inf_per_device(optimizer)
 
@@ -49,3 +50,9 @@ class GradScaler(torch.amp.GradScaler):
         found = {device: torch.tensor(found_inf, dtype=torch.float32, device=device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
+
+
+def _fused(optimizer: Optimizer) -> Fused | None:
+    """Return the fused optimizer that makes the steps, if one does."""
+    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    return inner if isinstance(inner, Fused) else None

@@ -227,7 +227,8 @@ def clip_grad_norm_(
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
     factor = _core.clip_coefficient(norm.item(), max_norm)
     if factor != 1:
-        for grad in _engine.engine.scale(grads, factor, torch.get_num_threads()):
+        pairs = [(grad, grad) for grad in grads]
+        for grad, _ in _engine.engine.apply("scale", [factor], pairs, torch.get_num_threads()):
             grad.mul_(factor)
         torch.autograd.graph.increment_version(grads)
     return norm

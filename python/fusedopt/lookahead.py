@@ -1,0 +1,179 @@
+"""Lookahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fusedopt import _engine
+from fusedopt._base import SLOW, Fused
+
+# What belongs to the wrapper; all other attributes are the wrapped optimizer's.
+_OWN = {"optimizer", "k", "alpha", "step"}
+
+
+class Lookahead(Optimizer):
+    r"""Lookahead around any optimizer of fusedopt or torch: k steps forward, one step back.
+
+    .. math::
+        \phi &\leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi
+        \quad \text{after every } k \text{-th step}
+
+    with the wrapped optimizer's parameters :math:`\theta`, the fast weights, and slow weights
+    :math:`\phi`, which begin where a parameter is before its first step. The k-th step of a fused
+    optimizer moves both in the same pass; around any other it takes one more pass.
+
+    It has the wrapped optimizer's ``param_groups``, ``state`` and all other attributes, so
+    schedulers, clipping and gradient scalers work through it. State: the wrapped optimizer's, and
+    ``slow`` :math:`\phi`, of the parameter's shape, dtype and strides; param groups count steps
+    in ``lookahead_step``, 0 to k - 1. A step that the optimizer skips does not count.
+
+    Source: Zhang et al. 2019, arXiv:1907.08610.
+
+    Args:
+        optimizer: the optimizer that makes the steps.
+        k: how many steps the fast weights are ahead.
+        alpha: how far the slow weights follow, in [0, 1].
+
+    Raises:
+        ValueError: k or alpha is out of its range.
+        TypeError: optimizer is no optimizer, or a Lookahead already.
+    """
+
+    def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
+            raise TypeError(f"Lookahead wraps another optimizer, got {type(optimizer).__name__}")
+        if not k >= 1:
+            raise ValueError(f"Invalid k value: {k}, expected 1 or more")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"Invalid alpha value: {alpha}, expected one in [0, 1]")
+        self.optimizer = optimizer
+        self.k = k
+        self.alpha = alpha
+        self.__setstate__({})
+
+    # ---- what is the wrapped optimizer's -------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN or name.startswith("__"):  # not there yet: while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in _OWN or name.startswith("_"):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "k": self.k, "alpha": self.alpha}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._count_from_0()
+
+    def _count_from_0(self) -> None:
+        for group in self.param_groups:
+            group.setdefault("lookahead_step", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state, slow weights and counts in it."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of a Lookahead, or one of the wrapped optimizer's class."""
+        self.optimizer.load_state_dict(state_dict)
+        self._count_from_0()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+        self._count_from_0()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Step the wrapped optimizer; if that was the k-th step, move the slow weights.
+
+        Args:
+            closure: passed on.
+
+        Returns:
+            What the wrapped optimizer's step returned.
+        """
+        if isinstance(self.optimizer, Fused):
+            self.optimizer._lookahead = self
+            try:
+                loss = self.optimizer.step(closure)
+            finally:
+                self.optimizer._lookahead = None
+            skipped = self.optimizer._skipped
+        else:
+            params = [p for group in self.param_groups for p in group["params"]]
+            # A closure is yet to compute the gradients.
+            stepped = params if closure else [p for p in params if p.grad is not None]
+            with self.following(stepped):
+                loss = self.optimizer.step(closure) if closure else self.optimizer.step()
+                skipped = self._found_inf()
+        if not skipped:
+            for group in self.param_groups:
+                group["lookahead_step"] = (group["lookahead_step"] + 1) % self.k
+        return loss
+
+    def alpha_now(self, group: dict[str, Any]) -> float:
+        """Return how far the slow weights of a group follow in this step: 0 but in every k-th."""
+        return self.alpha if group["lookahead_step"] + 1 >= self.k else 0.0
+
+    def _found_inf(self) -> bool:
+        return _engine.number(getattr(self.optimizer, "found_inf", None) or 0.0) != 0
+
+    @contextmanager
+    def following(self, params: list[Tensor]) -> Iterator[None]:
+        """Keep the slow weights of parameters that others step inside the with block."""
+        fresh = {p: p.detach().clone() for p in params if SLOW not in self.state.get(p, {})}
+        yield
+        if self._found_inf():
+            return
+        for p, slow in fresh.items():  # not before: torch takes a state that has a key as complete
+            if p.grad is not None:
+                self.state[p][SLOW] = slow
+        chosen = set(params)
+        for group in self.param_groups:
+            if self.alpha_now(group) == 0:
+                continue
+            moved = [p for p in group["params"] if p in chosen and p.grad is not None]
+            self._move(moved)
+
+    @torch.no_grad()
+    def _move(self, params: list[Tensor]) -> None:
+        rows = [(p, p, self.state[p][SLOW]) for p in params]
+        threads = torch.get_num_threads()
+        for p, _, slow in _engine.engine.apply("lookahead", [self.alpha], rows, threads):
+            new_slow, new_p = self.reference(p, slow, alpha=self.alpha)
+            slow.copy_(new_slow)
+            p.copy_(new_p)
+        torch.autograd.graph.increment_version(params)
+
+    @staticmethod
+    def reference(p: Any, slow: Any, *, alpha: float) -> tuple[Any, Any]:  # noqa: D102
+        slow = slow + (p - slow) * alpha
+        return slow, slow
