@@ -46,7 +46,7 @@ def plainly(make: Callable[..., Optimizer], params: list[Parameter], steps: int)
         if (step + 1) % K == 0:
             with torch.no_grad():
                 for p, q in zip(params, slow, strict=True):
-                    q += ALPHA * (p - q)
+                    q.add_(p - q, alpha=ALPHA)
                     p.copy_(q)
     for p, q in zip(params, slow, strict=True):
         optimizer.state[p]["slow"] = q
@@ -281,14 +281,20 @@ def test_parameters_without_a_kernel_have_slow_weights_too() -> None:
 
 
 def test_closures() -> None:
+    def trained(module: Any) -> Optimizer:
+        params, step = parameters(), iter(range(K))
+        optimizer: Optimizer = lookahead(module.SGD, params, lr=0.1)
+
+        def closure() -> float:
+            set_gradients(params, next(step))
+            return 7.0
+
+        assert [optimizer.step(closure) for _ in range(K)] == [7.0] * K
+        return optimizer
+
+    expected = plainly(lambda p: torch.optim.SGD(p, lr=0.1), parameters(), K)
     for module in (fusedopt, torch.optim):
-        params = parameters()
-        optimizer = lookahead(module.SGD, params, lr=0.1)
-        for step in range(K):
-            result: Any = optimizer.step(lambda step=step: set_gradients(params, step) or 7.0)
-            assert result == 7.0
-        expected = plainly(lambda p: torch.optim.SGD(p, lr=0.1), parameters(), K)
-        assert_same_state(optimizer, expected, assert_within)
+        assert_same_state(trained(module), expected, assert_within)
 
 
 def test_groups_that_are_added() -> None:

@@ -80,7 +80,7 @@ class Lookahead(Optimizer):
         return {"optimizer": self.optimizer, "k": self.k, "alpha": self.alpha}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._count_from_0()
 
     def _count_from_0(self) -> None:
