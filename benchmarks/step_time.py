@@ -48,6 +48,8 @@ ROWS = [
     Row("GPT-2 124M", "AdamW", torch.bfloat16, goal=1.25),
     Row("GPT-2 124M", "SGD", kwargs=(("lr", 0.1), ("momentum", 0.9))),
     Row("GPT-2 124M", "RMSprop", peers=("loop", "foreach"), goal=4.5),
+    Row("GPT-2 124M", "Adagrad", peers=("fused", "foreach")),
+    Row("GPT-2 124M", "RAdam", peers=("loop", "foreach"), goal=5),
     Row("GPT-2 124M", "Lion", peers=("lion-pytorch",), goal=4.5),
 ]
 
@@ -93,7 +95,7 @@ def assert_same_numbers(row: Row, contestants: list[str]) -> None:
 
 def bytes_per_step(row: Row) -> int:
     """Each parameter, gradient and state is read, all but the gradient are written."""
-    states = {"AdamW": 2, "Adam": 2, "SGD": 1, "RMSprop": 1, "Lion": 1}[row.optimizer]
+    states = 2 if row.optimizer in ("AdamW", "RAdam") else 1
     numel = sum(math.prod(shape) for shape in SHAPES[row.shapes])
     return numel * (3 + 2 * states) * row.dtype.itemsize
 

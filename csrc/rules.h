@@ -2,8 +2,10 @@
 // _scalars() in Python returns them, and is applied as rule(p, g, state): p, g and the kStates
 // states are lanes in compute precision. Included inside a back end's namespace.
 
+#include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/lion.h"
+#include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
@@ -13,4 +15,6 @@
   X("sgd_momentum", SgdMomentum, 2) \
   X("adam", Adam, 2)                \
   X("rmsprop", RmsProp, 3)          \
+  X("adagrad", Adagrad, 1)          \
+  X("radam", RAdam, 2)              \
   X("lion", Lion, 0)

@@ -74,6 +74,20 @@ CONFIGS = [
         {"lr": 0.003, "alpha": 0.9, "eps": 1e-6, "maximize": True},
     ),
     *_configs(
+        "Adagrad",
+        {},
+        {"lr_decay": 0.5, "eps": 1e-6},
+        {"weight_decay": 0.1, "initial_accumulator_value": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_configs(
+        "RAdam",
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3, "maximize": True},
+    ),
+    *_configs(
         "Lion",
         {},
         {"lr": 1e-3, "betas": (0.95, 0.98), "weight_decay": 0.3, "maximize": True},
@@ -86,6 +100,8 @@ PLAIN_CONFIGS = [
     Config("Adam", {}),
     Config("AdamW", {}),
     Config("RMSprop", {}),
+    Config("Adagrad", {}),
+    Config("RAdam", {}),
     Config("Lion", {}),
 ]
 
@@ -124,19 +140,22 @@ BAD_ARGUMENTS = [
     ),
     *(
         (Config(name, kwargs), message)
-        for name in ("Adam", "AdamW")
+        for name in ("Adam", "AdamW", "RAdam")
         for kwargs, message in (
             ({"lr": -1.0}, "Invalid learning rate: -1.0"),
             ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
             ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
             ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
-            (
-                {"betas": (0.9, torch.tensor(0.9))},
-                "betas must be either both floats or both Tensors",
-            ),
             ({"eps": -1.0}, "Invalid epsilon value: -1.0"),
             ({"weight_decay": -0.5}, "Invalid weight_decay value: -0.5"),
         )
+    ),
+    *(
+        (
+            Config(name, {"betas": (0.9, torch.tensor(0.9))}),
+            "betas must be either both floats or both Tensors",
+        )
+        for name in ("Adam", "AdamW")
     ),
     (Config("RMSprop", {"lr": -1.0}), "Invalid learning rate: -1.0"),
     (Config("RMSprop", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
@@ -144,6 +163,15 @@ BAD_ARGUMENTS = [
     (Config("RMSprop", {"eps": -1.0}), "Invalid epsilon value: -1.0"),
     (Config("RMSprop", {"momentum": -0.5}), "Invalid momentum value: -0.5"),
     (Config("RMSprop", {"weight_decay": -0.5}), "Invalid weight_decay value: -0.5"),
+    (Config("Adagrad", {"lr": -1.0}), "Invalid learning rate: -1.0"),
+    (Config("Adagrad", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
+    (Config("Adagrad", {"lr_decay": -0.5}), "Invalid lr_decay value: -0.5"),
+    (Config("Adagrad", {"weight_decay": -0.5}), "Invalid weight_decay value: -0.5"),
+    (
+        Config("Adagrad", {"initial_accumulator_value": -0.5}),
+        "Invalid initial_accumulator_value value: -0.5",
+    ),
+    (Config("Adagrad", {"eps": -1.0}), "Invalid epsilon value: -1.0"),
     (Config("Lion", {"lr": -1.0}), "Invalid learning rate: -1.0"),
     (Config("Lion", {"lr": torch.tensor([0.1, 0.1])}), "Tensor lr must be 1-element"),
     (Config("Lion", {"betas": (1.0, 0.9)}), "Invalid beta parameter at index 0: 1.0"),
@@ -175,6 +203,7 @@ _TENSOR = (
     "expected a strided float32, float64, bfloat16 or float16 tensor on cpu; move it there, or "
     "delete opt.state[p] to start anew"
 )
+_NO_SPARSE = "does not support sparse gradients"
 _COUNT = (
     "expected a number, or a float32, float64 or int64 tensor on cpu with one element; store the "
     "number of steps taken so far"
@@ -297,13 +326,18 @@ BAD_INPUTS = [
             config,
             lambda optimizer, p: setattr(p, "grad", torch.ones(8, 4).to_sparse()),
             RuntimeError,
-            f"{by} does not support sparse gradients{advice}",
+            message,
         )
-        for config, by, advice in [
-            (_ADAM, "Adam", ", please consider SparseAdam instead"),
-            (Config("AdamW", {}), "Adam", ", please consider SparseAdam instead"),
-            (Config("RMSprop", {}), "RMSprop", ""),
-            (Config("Lion", {}), "Lion", ""),
+        for config, message in [
+            (_ADAM, f"Adam {_NO_SPARSE}, please consider SparseAdam instead"),
+            (Config("AdamW", {}), f"Adam {_NO_SPARSE}, please consider SparseAdam instead"),
+            (Config("RMSprop", {}), f"RMSprop {_NO_SPARSE}"),
+            (Config("RAdam", {}), f"RAdam {_NO_SPARSE}"),
+            (Config("Lion", {}), f"Lion {_NO_SPARSE}"),
+            (
+                Config("Adagrad", {"weight_decay": 0.1}),
+                "weight_decay option is not compatible with sparse gradients",
+            ),
         ]
     ),
 ]

@@ -153,21 +153,28 @@ def sparse(rows: list[int], seed: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("momentum", [0, 0.9])
-def test_sparse_gradients_fall_back(momentum: float) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [Config("SGD", {}), Config("SGD", {"momentum": 0.9}), Config("Adagrad", {"lr_decay": 0.1})],
+    ids=str,
+)
+def test_sparse_gradients_fall_back(config: Config) -> None:
     def trained(cls: Callable[..., Optimizer]) -> Optimizer:
         table, dense = parameters([(6, 3), (4,)])
-        optimizer = cls([table, dense], lr=0.1, momentum=momentum)
-        for step in range(3):
-            table.grad = sparse([step, 4], step)
-            dense.grad = values((4,), 10 + step)
-            optimizer.step()
+        optimizer = cls([table, dense], lr=0.1, **config.kwargs)
+        # Torch's Adagrad warns where nobody has chosen whether to check.
+        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+            for step in range(3):
+                table.grad = sparse([step, 4], step)
+                dense.grad = values((4,), 10 + step)
+                optimizer.step()
         return optimizer
 
-    with pytest.warns(UserWarning, match=FALLS_BACK.format("SGD", "sparse gradients")) as warned:
-        actual = trained(fusedopt.SGD)
+    message = FALLS_BACK.format(config.name, "sparse gradients")
+    with pytest.warns(UserWarning, match=message) as warned:
+        actual = trained(config.cls)
     assert len(warned) == 1  # for three steps
-    assert_same_state(actual, trained(torch.optim.SGD), assert_within)
+    assert_same_state(actual, trained(config.torch_cls), assert_within)
 
 
 @each_optimizer
@@ -320,6 +327,31 @@ GRADIENT_LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
+def test_adagrad_accumulates_from_the_initial_value() -> None:
+    """Also for a parameter that is added later, and where the state was deleted."""
+    first, later = parameters([(4,), (4,)])
+    optimizer = fusedopt.Adagrad([first], initial_accumulator_value=0.5, lr_decay=0.1)
+    assert (optimizer.state[first]["sum"] == 0.5).all()
+    optimizer.add_param_group({"params": [later]})
+    del optimizer.state[first]
+    train(optimizer, [first, later], 1)
+    for p in (first, later):
+        assert p.grad is not None
+        assert_same_bits(optimizer.state[p]["sum"], 0.5 + p.grad * p.grad)
+        assert optimizer.state[p]["step"] == 1
+
+
+def test_adagrads_sums_can_be_shared_with_other_processes() -> None:
+    params, alone = parameters(), parameters()
+    optimizer, expected = fusedopt.Adagrad(params), fusedopt.Adagrad(alone)
+    optimizer.share_memory()
+    assert all(state["sum"].is_shared() for state in optimizer.state.values())
+    train(optimizer, params, 2)
+    train(expected, alone, 2)
+    assert all(state["sum"].is_shared() for state in optimizer.state.values())
+    assert_same_state(optimizer, expected, assert_same_bits)
+
+
 @each_layout
 @each_config
 def test_buffers_have_the_strides_of_zeros_like(config: Config, layout: str) -> None:
@@ -356,8 +388,12 @@ def test_parameters_without_a_gradient_are_left_alone(config: Config) -> None:
     used, unused = parameters([(4,), (4,)])
     before = unused.detach().clone()
     optimizer = config.cls([used, unused], **config.kwargs)
+    made = copy.deepcopy(optimizer.state.get(unused, {}))
+    assert set(made) == ({"step", "sum"} if config.name == "Adagrad" else set())
     train(optimizer, [used], 3)
-    assert unused not in optimizer.state
+    assert set(optimizer.state.get(unused, {})) == set(made)
+    for key, value in made.items():
+        assert_same_bits(optimizer.state[unused][key], value)
     assert_same_bits(unused.detach(), before)
     train(optimizer, [used, unused], 1)
     state = copy.deepcopy(optimizer.state.get(unused, {}))
@@ -464,7 +500,8 @@ def _each_state(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, 
 
 
 def _drop_newer_keys(state_dict: dict[str, Any]) -> None:
-    oldest = {"params", "lr", "betas", "eps", "alpha", "weight_decay", "momentum", "dampening"}
+    oldest = {"params", "lr", "lr_decay", "betas", "eps", "alpha"}
+    oldest |= {"weight_decay", "momentum", "dampening"}
     for group in state_dict["param_groups"]:
         for key in set(group) - oldest:
             del group[key]
@@ -567,6 +604,7 @@ def test_the_profiler_sees_the_step(config: Config) -> None:
         Config("Adam", {}),
         Config("AdamW", {}),
         Config("RMSprop", {"momentum": 0.9}),
+        Config("RAdam", {}),
         Config("Lion", {}),
     ],
     ids=str,
@@ -700,7 +738,7 @@ def test_every_dtype_is_computed_wide_and_rounded_once(
 ) -> None:
     """Each step is one of float32 (float64 for float64), whose results are then stored."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    p = Parameter(values((40,), 0, grad_dtype))
+    p = Parameter(values((40,), 0, dtype))
     optimizer = config.cls([p], **config.kwargs)
     for step in range(3):
         p.data = p.data.to(grad_dtype)

@@ -136,13 +136,20 @@ def test_a_parameter_whose_first_gradient_arrives_late(config: Config) -> None:
     assert_same_state(trained(config.cls), trained(oracle(config)), assert_within)
 
 
-@pytest.mark.parametrize("config", [Config(name, {}) for name in ("Adam", "AdamW", "RMSprop")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(Config(name, {}) for name in ("Adam", "AdamW", "RMSprop", "Adagrad")),
+        Config("RAdam", {"lr": 0.1}),  # which divides from the sixth step on, and carefully then
+    ],
+    ids=str,
+)
 def test_f16_parameters_with_the_default_eps_stay_finite(config: Config) -> None:
     """In float16 eps is 0, and so are the squares of small gradients."""
     p = Parameter(torch.ones(100, dtype=torch.float16))
     gradient = torch.full((100,), 1e-4, dtype=torch.float16)
     gradient[::3] = 0
-    stepped_with(config.cls, config, p.data, [gradient, gradient])
+    stepped_with(config.cls, config, p.data, [gradient] * 8)
     assert p.isfinite().all()
     assert (p[1::3] < 1).all()
     assert (p[::3] <= 1).all()
@@ -170,7 +177,7 @@ def test_sign_is_torchs(dtype: torch.dtype) -> None:
     assert_same_bits(p.detach() + 0, -0.5 * torch.sign(gradient) + 0)  # + 0: no negative zeros
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
 @pytest.mark.parametrize("t", [1, 10, 1_000, 100_000])
 def test_bias_corrections_are_of_double_precision(name: str, t: int) -> None:
     """beta**t by float products, or 1 - beta2 in float, is wrong by 1e-5 and more.
@@ -220,7 +227,9 @@ def test_unaligned_pointers(config: Config, dtype: torch.dtype) -> None:
             assert_same_bits(optimizer.state[p][key], value)
 
 
-@pytest.mark.parametrize("config", [Config(name, {}) for name in ("Adam", "AdamW", "RMSprop")])
+@pytest.mark.parametrize(
+    "config", [Config(name, {}) for name in ("Adam", "AdamW", "RMSprop", "Adagrad", "RAdam")]
+)
 def test_each_parameter_counts_its_own_steps(config: Config) -> None:
     params = parameters([(4,)] * 3)
     optimizer = config.cls(params, **config.kwargs)

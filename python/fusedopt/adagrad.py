@@ -1,0 +1,72 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt._base import Fused, Rule, number
+
+
+class Adagrad(Fused, torch.optim.Adagrad):
+    r"""Fused `torch.optim.Adagrad`: same arguments, state, errors and checkpoints.
+
+    .. math::
+        g &\leftarrow g + \lambda p \\
+        s_t &= s_{t-1} + g^2, \qquad s_0 = \tau \\
+        p &\leftarrow p - \frac{\gamma}{1 + (t - 1) \eta} \, g \Big/ (\sqrt{s_t} + \epsilon)
+
+    with lr :math:`\gamma`, lr_decay :math:`\eta`, weight decay :math:`\lambda`,
+    initial_accumulator_value :math:`\tau` and eps :math:`\epsilon`. Gradients are negated first
+    with ``maximize=True``. State, made in the constructor: ``step`` :math:`t` (0-dim float32, CPU)
+    and ``sum`` :math:`s`, of the parameter's shape, dtype and strides.
+
+    Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
+    float64). Source: Duchi, Hazan & Singer 2011, "Adaptive subgradient methods for online learning
+    and stochastic optimization", JMLR 12:2121.
+    """
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return Rule("adagrad", (bool(group["weight_decay"] != 0),), ("sum",), counts_steps=True)
+
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
+        return {
+            "weight_decay": number(group["weight_decay"]),
+            "eps": number(group["eps"]),
+            "step_size": number(group["lr"]) / (1 + (t - 1) * number(group["lr_decay"])),
+        }
+
+    @staticmethod
+    def reference(  # noqa: D102  (the class docstring has the formula)
+        p: Any,
+        g: Any,
+        sum: Any,
+        *,
+        weight_decay: float,
+        eps: float,
+        step_size: float,
+        flags: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        (decay,) = flags
+        if decay:
+            g = g + p * weight_decay
+        sum = sum + g * g
+        p = p - g / (sum**0.5 + eps) * step_size
+        return p, sum
+
+    def _create_state(self, rule: Rule, p: Tensor) -> None:
+        """Make the sum start where the constructor's argument says, as torch does."""
+        absent = self.state[p].get("sum") is None
+        super()._create_state(rule, p)
+        if absent:
+            self.state[p]["sum"].fill_(self.defaults["initial_accumulator_value"])
+
+    def _torch_step(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse what torch refuses before it has counted a step."""
+        for group in groups:
+            sparse = any(p.grad.layout != torch.strided for p in group["params"])
+            if sparse and group["weight_decay"] != 0:
+                raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+        super()._torch_step(groups)

@@ -1,0 +1,102 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fusedopt._base import Fused, Rule, number
+
+
+class RAdam(Fused, torch.optim.RAdam):
+    r"""Fused `torch.optim.RAdam`: same arguments, state, errors and checkpoints.
+
+    .. math::
+        g &\leftarrow g + \lambda p \quad \text{(or, decoupled: } p \leftarrow p - \gamma \lambda p
+        \text{)} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g^2 \\
+        \rho_t &= \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad
+        \rho_\infty = \frac{2}{1 - \beta_2} - 1 \\
+        p &\leftarrow p - \frac{\gamma}{1 - \beta_1^t} \, m_t \cdot
+        \begin{cases}
+            r_t \sqrt{1 - \beta_2^t} \big/ (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
+            1 & \text{otherwise}
+        \end{cases} \\
+        r_t &= \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
+        {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}
+
+    with lr :math:`\gamma`, betas :math:`\beta`, eps :math:`\epsilon` and weight decay
+    :math:`\lambda`, decoupled with ``decoupled_weight_decay=True``. Gradients are negated first
+    with ``maximize=True``. State: ``step`` :math:`t` (0-dim float32, CPU), ``exp_avg`` :math:`m`
+    and ``exp_avg_sq`` :math:`v`, of the parameter's shape, dtype and strides.
+
+    Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
+    float64). Source: Liu et al. 2019, arXiv:1908.03265.
+    """
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
+        return Rule("radam", (coupled,), ("exp_avg", "exp_avg_sq"), counts_steps=True)
+
+    def _flags(self, group: dict[str, Any], t: float) -> tuple[bool, ...]:
+        return *self._rule(group).flags, _rectification(number(group["betas"][1]), t) is not None
+
+    def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
+        lr = number(group["lr"])
+        weight_decay = number(group["weight_decay"])
+        beta1, beta2 = (number(beta) for beta in group["betas"])
+        step_size = lr / (1 - beta1**t)
+        if (rectification := _rectification(beta2, t)) is not None:
+            step_size *= rectification * math.sqrt(1 - beta2**t)
+        return {
+            "weight_decay": weight_decay,
+            "decay": 1 - lr * weight_decay if group["decoupled_weight_decay"] else 1.0,
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "eps": number(group["eps"]),
+            "step_size": step_size,
+        }
+
+    @staticmethod
+    def reference(  # noqa: D102  (the class docstring has the formula)
+        p: Any,
+        g: Any,
+        m: Any,
+        v: Any,
+        *,
+        weight_decay: float,
+        decay: float,
+        beta1: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        eps: float,
+        step_size: float,
+        flags: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        coupled, rectified = flags
+        if coupled:
+            g = g + p * weight_decay
+        else:
+            p = p * decay
+        m = m * beta1 + g * one_minus_beta1
+        v = v * beta2 + (g * g) * one_minus_beta2
+        update = m * step_size
+        if rectified:
+            update = update / (v**0.5 + eps)
+        p = p - update
+        return p, m, v
+
+
+def _rectification(beta2: float, t: float) -> float | None:
+    """Return r_t, or None as long as too few gradients are averaged for v to mean anything."""
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    if rho <= 5:
+        return None
+    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
