@@ -244,6 +244,21 @@ def train(run: Run, settings: Settings, splits: tuple[Split, Split, Split], best
 # ---- all optimizers ------------------------------------------------------------------------------
 
 
+def train_each(
+    names: list[str], settings: Settings, out: Path, resume: bool = False
+) -> tuple[list[Run], list[float]]:
+    """Train with each optimizer; return the runs and their held-out accuracies."""
+    splits = load_splits()
+    runs, accuracies = [], []
+    for name in names:
+        run, best = start(name, settings, splits[0]), out / f"{name}.pt"
+        if resume:
+            run.load(best)
+        runs.append(run)
+        accuracies.append(train(run, settings, splits, best))
+    return runs, accuracies
+
+
 def print_table(runs: list[Run], accuracies: list[float]) -> None:
     print(f"\n{'optimizer':<16}{'held-out accuracy':>18}{'epochs':>8}{'best':>6}{'s in step':>11}")
     for run, accuracy in zip(runs, accuracies, strict=True):
@@ -295,14 +310,8 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # images this small leave nothing for a second one to do
-    splits = load_splits()
-    runs, accuracies = [], []
-    for name in RECIPES if args.all else [args.optimizer]:
-        run, best = start(name, settings, splits[0]), args.out / f"{name}.pt"
-        if args.resume:
-            run.load(best)
-        runs.append(run)
-        accuracies.append(train(run, settings, splits, best))
+    names = list(RECIPES) if args.all else [args.optimizer]
+    runs, accuracies = train_each(names, settings, args.out, args.resume)
     print_table(runs, accuracies)
     draw(runs, args.out / "losses.png")
     print(f"picture: {args.out / 'losses.png'}")
