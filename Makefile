@@ -9,7 +9,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
 CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
 
-.PHONY: help demo test bench lint format wheel test-machines clean
+.PHONY: help demo docs test bench lint format wheel test-machines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,10 @@ help:
 ## make demo           train a small GPT with torch's optimizer and with fusedopt's, and compare
 demo: .venv/installed
 	$(RUN)/python examples/train_gpt.py $(ARGS)
+
+## make docs           the pictures and measured tables of docs/choosing.md
+docs: .venv/installed
+	$(RUN)/python -m tools.make_guide
 
 ## make test           all tests
 test: .venv/installed

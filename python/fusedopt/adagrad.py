@@ -59,11 +59,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
 
     def _create_state(self, rule: Rule, p: Tensor) -> None:
         """Make the sum start where the constructor's argument says, as torch does."""
-        if self.state[p].get("sum") is None:
-            start = self.defaults["initial_accumulator_value"]
-            sum = torch.full_like(p, start, memory_format=torch.preserve_format)
-            self.state[p]["sum"] = sum
+        absent = self.state[p].get("sum") is None
         super()._create_state(rule, p)
+        if absent:
+            self.state[p]["sum"].fill_(self.defaults["initial_accumulator_value"])
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """Refuse what torch refuses before it has counted a step."""

@@ -1,0 +1,67 @@
+"""The guide: its snippets run, its tables are those of the examples, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.train_digits import RECIPES
+
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDE = (DOCS / "choosing.md").read_text()
+
+# (what the library lacks for it so far, code)
+SNIPPETS = re.findall(r"(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+def test_the_snippets_of_the_guide_run_in_order() -> None:
+    assert len(SNIPPETS) == GUIDE.count("```python")
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    for needs, code in SNIPPETS:
+        snippet = compile(code, "docs/choosing.md", "exec")
+        if not needs:
+            exec(snippet, namespace)
+            continue
+        # Once it runs, the mark before it must go.
+        with pytest.raises((TypeError, AttributeError, NameError)):
+            exec(snippet, dict(namespace))
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_starting_values_are_those_of_the_example(name: str) -> None:
+    (vision,) = re.findall(rf"^\| {re.escape(name)} \| `(lr=[^`]*)` ", GUIDE, re.MULTILINE)
+    arguments = eval(f"dict({vision})")
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = RECIPES[name]([{"params": [p]}])
+    documented = type(optimizer)([p], **arguments)
+    assert optimizer.defaults == documented.defaults
+
+
+@pytest.mark.parametrize("block", ["costs", "digits"])
+def test_tables_have_every_optimizer(block: str) -> None:
+    table = GUIDE.split(f"<!-- begin {block} -->\n")[1].split(f"<!-- end {block} -->")[0]
+    rows = [cells(line)[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == list(RECIPES)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    anchors = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (DOCS / target).exists(), target

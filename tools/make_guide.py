@@ -1,0 +1,100 @@
+"""Measure and draw what docs/choosing.md shows: its pictures, and its blocks marked begin and end.
+
+python -m tools.make_guide
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from benchmarks.step_time import machine, make_params
+from examples import landscape, train_digits
+from examples.train_digits import RECIPES
+from tests.registry import SHAPES
+
+DOCS = Path(__file__).parent.parent / "docs"
+REPEATS = 15
+
+
+def rewrite(page: Path, block: str, lines: list[str]) -> None:
+    """Replace what stands between the two comments that name the block."""
+    begin, end = f"<!-- begin {block} -->\n", f"<!-- end {block} -->"
+    text = page.read_text()
+    pattern = f"({re.escape(begin)}).*?({re.escape(end)})"
+    body = "".join(f"{line}\n" for line in lines)
+    page.write_text(re.sub(pattern, lambda m: m[1] + body + m[2], text, flags=re.DOTALL))
+
+
+def state_tensors(optimizer: Optimizer, params: list[Tensor]) -> int:
+    return sum(key != "step" for key in optimizer.state[params[0]])
+
+
+def costs() -> list[str]:
+    """Step times of all optimizers, interleaved; they share parameters and gradients."""
+    params = make_params(SHAPES["GPT-2 124M"], torch.float32)
+    optimizers = {name: make([{"params": params}]) for name, make in RECIPES.items()}
+    for optimizer in optimizers.values():  # makes the state, and touches every page of it
+        optimizer.step()
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in tqdm(range(REPEATS), desc="costs", leave=False, disable=None):
+        for name, optimizer in optimizers.items():
+            began = time.perf_counter()
+            optimizer.step()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    lines = [
+        "| | state tensors | bytes kept a parameter | bytes moved a parameter | ms a step |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, optimizer in optimizers.items():
+        states = state_tensors(optimizer, params)
+        kept, moved = 4 + 4 * states, 12 + 8 * states
+        lines.append(f"| {name} | {states} | {kept} | {moved} | {_median(times[name])} |")
+    facts = machine()
+    numel = sum(math.prod(shape) for shape in SHAPES["GPT-2 124M"])
+    lines += [
+        "",
+        f"Medians of {REPEATS} interleaved steps of {numel / 1e6:.0f} million parameters: "
+        f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, torch {facts['torch']}.",
+    ]
+    return lines
+
+
+def _median(times: list[float]) -> str:
+    return f"{statistics.median(times):.0f}"
+
+
+def digits() -> list[str]:
+    """Train with every optimizer, and draw the losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        runs, accuracies = train_digits.train_each(list(RECIPES), train_digits.Settings(), out)
+        train_digits.draw(runs, out / "losses.png")
+        shutil.copy(out / "losses.png", DOCS / "digits.png")
+    lines = ["| | held-out accuracy | epochs | s in `step` |", "|---|--:|--:|--:|"]
+    for run, accuracy in zip(runs, accuracies, strict=True):
+        lines.append(f"| {run.name} | {accuracy:.1%} | {run.epoch} | {run.seconds_in_step:.2f} |")
+    return lines
+
+
+def main() -> None:
+    landscape.draw(500, DOCS / "landscape.png")
+    rewrite(DOCS / "choosing.md", "costs", costs())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rewrite(DOCS / "choosing.md", "digits", digits())
+    torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()
