@@ -81,6 +81,9 @@ PANELS: list[dict[str, Walker]] = [
         ),
         "RAdam": Walker(lambda p, lr: fusedopt.RAdam(p, lr=lr), (0.002, 0.02), "#8e44ad"),
         "Lion": Walker(lambda p, lr: fusedopt.Lion(p, lr=lr), (0.01, 0.005), "#1e8449"),
+        "Lookahead(Adam)": Walker(
+            lambda p, lr: fusedopt.Lookahead(fusedopt.Adam(p, lr=lr)), (0.1, 0.1), "#e67e22"
+        ),
     },
 ]
 

@@ -43,7 +43,7 @@ import fusedopt
 Groups = list[dict[str, Any]]
 
 # Starting values for images, those of docs/choosing.md.
-RECIPES: dict[str, Callable[[Groups], Optimizer]] = {
+RECIPES: dict[str, Callable[[Groups], Any]] = {
     "SGD": lambda groups: fusedopt.SGD(groups, lr=0.1, weight_decay=5e-4),
     "momentum": lambda groups: fusedopt.SGD(groups, lr=0.02, momentum=0.9, weight_decay=5e-4),
     "Nesterov": lambda groups: fusedopt.SGD(
@@ -57,6 +57,9 @@ RECIPES: dict[str, Callable[[Groups], Optimizer]] = {
         groups, lr=1e-3, weight_decay=0.05, decoupled_weight_decay=True
     ),
     "Lion": lambda groups: fusedopt.Lion(groups, lr=2e-4, weight_decay=0.25),
+    "Lookahead(AdamW)": lambda groups: fusedopt.Lookahead(
+        fusedopt.AdamW(groups, lr=2e-3, weight_decay=0.05)
+    ),
 }
 
 # ---- the images ----------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def parameter_groups(model: nn.Module) -> Groups:
     ]
 
 
-# ---- schedule and clipping -----------------------------------------------------------------------
+# ---- schedule ------------------------------------------------------------------------------------
 
 
 def make_schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -130,11 +133,6 @@ def make_schedule(name: str, optimizer: Optimizer, steps: int) -> LRScheduler:
 SCHEDULES = ("constant", "step", "cosine", "plateau", "warmup-cosine")
 
 
-def clip(model: nn.Module, max_norm: float) -> None:
-    """Scale the gradients down if their joint norm is above max_norm."""
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -149,7 +147,7 @@ class Run:
 
     name: str
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Any  # an Optimizer with what fusedopt adds to it
     schedule: LRScheduler
     epoch: int = 0
     best_loss: float = math.inf
@@ -184,6 +182,7 @@ def start(name: str, settings: Settings, training: Split) -> Run:
     torch.manual_seed(settings.seed)  # every optimizer starts from the same weights
     model = make_model()
     optimizer = RECIPES[name](parameter_groups(model))
+    optimizer.max_grad_norm = settings.max_norm  # clips inside of step()
     steps = settings.epochs * math.ceil(len(training.labels) / settings.batch)
     return Run(name, model, optimizer, make_schedule(settings.schedule, optimizer, steps))
 
@@ -200,7 +199,6 @@ def train_epoch(run: Run, settings: Settings, training: Split) -> float:
         loss = F.cross_entropy(run.model(training.images[chosen]), training.labels[chosen])
         run.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        clip(run.model, settings.max_norm)
         began = time.perf_counter()
         run.optimizer.step()
         run.seconds_in_step += time.perf_counter() - began
@@ -234,7 +232,8 @@ def train(run: Run, settings: Settings, splits: tuple[Split, Split, Split], best
             run.best_loss, run.best_epoch = loss, run.epoch
             run.save(best)
         progress.update()
-        progress.set_postfix_str(f"validation {loss:.4f}, {accuracy:.1%}")
+        norm = run.optimizer.grad_norm.item()
+        progress.set_postfix_str(f"validation {loss:.4f}, {accuracy:.1%}; gradient norm {norm:.2g}")
     progress.close()
     model = make_model()
     model.load_state_dict(torch.load(best, weights_only=True)["model"])
