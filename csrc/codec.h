@@ -1,7 +1,7 @@
-// How a stored element becomes a compute element and back, rounding to nearest even. A rule never
-// sees a stored type; a kernel never sees one outside decode_all and encode_all. 16-bit elements
-// convert through float, for double too, as torch's own casts do. Included inside a back end's
-// namespace.
+// How a stored element becomes a compute element and back, rounding to nearest even, one by one and
+// in tiles. A rule never sees a stored type. 16-bit elements convert through float, for double too,
+// as torch's own casts do. (vec.h has the same conversions for whole registers.) Included inside a
+// back end's namespace.
 
 template <class To, class From>
 FUSEDOPT_FN To bit_cast(From from) {

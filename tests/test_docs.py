@@ -13,6 +13,7 @@ from examples.train_digits import RECIPES
 
 DOCS = Path(__file__).parent.parent / "docs"
 GUIDE = (DOCS / "choosing.md").read_text()
+README = (DOCS.parent / "README.md").read_text()
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
@@ -23,6 +24,13 @@ def test_the_snippets_of_the_guide_run_in_order() -> None:
     namespace: dict[str, Any] = {}
     for code in SNIPPETS:
         exec(compile(code, "docs/choosing.md", "exec"), namespace)
+
+
+def test_the_snippets_of_the_readme_run_in_order() -> None:
+    model = torch.nn.Linear(3, 1)
+    namespace: dict[str, Any] = {"model": model, "loss_of": lambda m: m(torch.ones(2, 3)).sum()}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), namespace)
 
 
 def cells(row: str) -> list[str]:
