@@ -14,17 +14,9 @@ struct Piece {
 // Small enough to spread a large tensor over all threads, large enough that a call costs nothing.
 constexpr int64_t kPieceBytes = 256 * 1024;
 
-inline int64_t bytes_per_element(const Job& job) {
-  int64_t bytes = 0;
-  for (int s = 0; s < job.stream_count; ++s) {
-    bytes += kItemSize[static_cast<int>(job.streams[s].dtype)];
-  }
-  return bytes;
-}
-
 // A multiple of the block of a norm, so that blocks begin at the same elements for any piece size.
 inline int64_t piece_elements(const Job& job) {
-  return kPieceBytes / bytes_per_element(job) / kNormBlock * kNormBlock;
+  return kPieceBytes / job.bytes_per_element / kNormBlock * kNormBlock;
 }
 
 // All jobs in pieces, and the pieces in consecutive shares of about equal bytes: share i is
@@ -46,7 +38,7 @@ inline Cut cut(const std::vector<Job>& jobs, int shares) {
       cut.pieces.push_back({&job, first, count, cut.blocks});
       cut.blocks += (count + kNormBlock - 1) / kNormBlock;
     }
-    bytes += job.numel * bytes_per_element(job);
+    bytes += job.numel * job.bytes_per_element;
   }
   // A piece belongs to the share in whose equal part of the bytes it begins.
   int64_t before = 0;
@@ -55,7 +47,7 @@ inline Cut cut(const std::vector<Job>& jobs, int shares) {
            cut.begin.size() < static_cast<size_t>(shares)) {
       cut.begin.push_back(i);
     }
-    before += cut.pieces[i].count * bytes_per_element(*cut.pieces[i].job);
+    before += cut.pieces[i].count * cut.pieces[i].job->bytes_per_element;
   }
   cut.begin.resize(static_cast<size_t>(shares) + 1, cut.pieces.size());
   return cut;

@@ -180,7 +180,7 @@ static bool is_large(const std::vector<Job>& jobs) {
   // and to make sure that jobs do not overlap, the time of about this many a job.
   constexpr int64_t kSmallBytesOfJob = 2 * 1024;
   int64_t left = -kSmallBytes;
-  for (const Job& job : jobs) left += job.numel * bytes_per_element(job) - kSmallBytesOfJob;
+  for (const Job& job : jobs) left += job.numel * job.bytes_per_element - kSmallBytesOfJob;
   return left > 0;
 }
 

@@ -69,6 +69,7 @@ struct Job {
   double grad_scale = 1;
   int64_t numel = 0;
   int stream_count = 0;
+  int64_t bytes_per_element = 0;  // of all streams together
   Stream streams[kMaxStreams];
   const Layout* layout = nullptr;       // null: every stream is one array of numel elements
   const Layout* grad_layout = nullptr;  // of the gradient in stride[0], in its own order

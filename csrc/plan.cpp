@@ -83,7 +83,7 @@ void StepPlan::collect() {
 
 // Whether the memory has the opposite sign of the tensor: a view that torch has yet to negate. It
 // is the imaginary part of a complex tensor, so its elements are not next to each other.
-static bool negated(PyObject* tensor, const View& view) {
+static inline bool negated(PyObject* tensor, const View& view) {
   if (view.contiguous && view.numel != 1) return false;
   return py::cast<bool>(py::handle(tensor).attr("is_neg")());
 }
@@ -319,9 +319,17 @@ static const Layout* kept(Layout layout, std::deque<Layout>* layouts) {
 void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job) {
   job->numel = views[kParam].numel;
   job->stream_count = count;
-  for (int s = 0; s < count; ++s) job->streams[s] = {views[s].data, views[s].dtype};
+  job->bytes_per_element = 0;
+  bool contiguous = true;
+  for (int s = 0; s < count; ++s) {
+    job->streams[s] = {views[s].data, views[s].dtype};
+    job->bytes_per_element += kItemSize[static_cast<int>(views[s].dtype)];
+    contiguous = contiguous && views[s].contiguous;
+  }
+  job->layout = job->grad_layout = nullptr;
+  if (contiguous) return;
   job->layout = kept(common_layout(views, count), layouts);
-  job->grad_layout = job->layout ? kept(common_layout(&views[kGrad], 1), layouts) : nullptr;
+  if (job->layout) job->grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
 }
 
 void set_rule(const Rule& rule, const double* scalars, Job* job) {

@@ -130,23 +130,13 @@ static char* data_of(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-static bool is_contiguous(const DLTensor& tensor) {
-  int64_t expected = 1;
-  for (int d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.strides[d] != expected) return false;
-    expected *= tensor.shape[d];
-  }
-  return true;
-}
-
 static bool on_cpu(const DLTensor& tensor) {
   return tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
 }
 
-static bool numel_of(const DLTensor& tensor, int64_t* numel) {
-  *numel = 1;
-  for (int d = 0; d < tensor.ndim; ++d) *numel *= tensor.shape[d];
-  return *numel == 0 || tensor.data != nullptr;  // no memory: a fake tensor, a wrapper
+// A fake tensor and a wrapper have none.
+static bool has_memory(const DLTensor& tensor, int64_t numel) {
+  return numel == 0 || tensor.data != nullptr;
 }
 
 bool TensorReader::read(PyObject* object, View* view, Held* held) const {
@@ -165,16 +155,23 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
   view->ndim = tensor.ndim;
   view->shape = tensor.shape;
   view->strides = tensor.strides;
-  view->contiguous = is_contiguous(tensor);
+  view->contiguous = true;
+  view->numel = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    view->contiguous = view->contiguous && tensor.strides[d] == view->numel;
+    view->numel *= tensor.shape[d];
+  }
   view->is_local_part = !is_plain(object) && local_part(object);
-  return numel_of(tensor, &view->numel);
+  return has_memory(tensor, view->numel);
 }
 
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
   DLTensor tensor;
-  int64_t numel;
   if (!read_dltensor(object, &tensor, held) || !on_cpu(tensor)) return false;
-  if (!numel_of(tensor, &numel) || numel != 1) return false;
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] != 1) return false;
+  }
+  if (!has_memory(tensor, 1)) return false;
   count->data = data_of(tensor);
   if (tensor.type_code == kDLFloat && tensor.type_bits == 32) {
     count->type = Count::f32;
@@ -220,8 +217,8 @@ static Layout dims_by_stride(const View* views, int count) {
   return dims;
 }
 
-bool overlaps_itself(const View& view) {
-  if (view.contiguous || view.numel <= 1) return false;
+bool strided_overlaps_itself(const View& view) {
+  if (view.numel <= 1) return false;
   const Layout dims = dims_by_stride(&view, 1);
   // No two can meet if each stride is longer than all that the smaller ones span.
   int64_t span = 0;
@@ -247,8 +244,6 @@ bool overlaps_itself(const View& view) {
 
 Layout common_layout(const View* views, int count) {
   if (views[0].numel == 0) return {};
-  if (std::all_of(views, views + count, [](const View& view) { return view.contiguous; }))
-    return {};
   // The first view's own order in memory, so that its elements are visited consecutively.
   const Layout dims = dims_by_stride(views, count);
   // Two dimensions that every stream walks as one become one.

@@ -72,7 +72,10 @@ inline bool same_shape(const View& a, const View& b) {
 }
 
 // Whether two elements of the view share one memory location.
-bool overlaps_itself(const View& view);
+bool strided_overlaps_itself(const View& view);
+inline bool overlaps_itself(const View& view) {
+  return !view.contiguous && strided_overlaps_itself(view);
+}
 
 // How to walk streams of one shape together; empty if each is one array in the same order.
 Layout common_layout(const View* views, int count);

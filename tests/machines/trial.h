@@ -246,6 +246,8 @@ class Trial {
     job_.grad_scale = work.grad_scale;
     job_.numel = numel;
     job_.stream_count = work.streams();
+    for (int s = 0; s < job_.stream_count; ++s)
+      job_.bytes_per_element += item_size(kind_.streams[s]);
   }
 
   Array& add_array(int s, int64_t numel, int64_t misalignment) {
