@@ -42,6 +42,7 @@ def measure(
         progress: told what is being done.
     """
     torch.set_num_threads(row.threads)
+    gc.collect()  # the row before may have left gigabytes in reference cycles
     timings: dict[str, Timing] = {}
     steps: dict[str, Step] = {}
     warm: dict[str, float] = {}
@@ -62,6 +63,9 @@ def measure(
     once = sum(warm[name] for name in steps)
     rounds = repeats or max(FEWEST, min(MOST, int(budget / once)))
     seconds = _interleave(steps, rounds, row.device, progress)
+
+    if any(contestant.compiles for contestant in contestants):
+        torch._dynamo.reset()  # or it keeps the tensors
 
     limit = probe_bytes / statistics.median(seconds.pop(_PROBE)) / 1e9
     for name, samples in seconds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,10 +47,11 @@ def run(options: argparse.Namespace) -> None:
         return
     console.print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
     table.print_missing(console, report)
-    _do(jobs, report, console)
+    for show in _results(jobs, report, console):
+        console.print(show)
+        if options.json:  # each time, so that a run that is interrupted leaves what it has
+            report.write(options.json)
     table.print_summary(console, report)
-    if options.json:
-        report.write(options.json)
     if options.plot:
         from fusedopt.bench import picture  # noqa: PLC0415  (matplotlib is not always there)
 
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
             picture.draw_scaling(report.scaling, beside, report.machine)
 
 
-def _do(jobs: list[Job], report: Report, console: Console) -> None:
+def _results(jobs: list[Job], report: Report, console: Console) -> Iterator[Group]:
+    """Do all jobs under a progress bar, and yield what each has to show."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -75,7 +77,7 @@ def _do(jobs: list[Job], report: Report, console: Console) -> None:
             def notify(text: str, name: str = job.name) -> None:
                 progress.update(task, description=f"{name}: {text}")
 
-            console.print(job.do(report, notify))
+            yield job.do(report, notify)
             progress.advance(task)
 
 
