@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -277,10 +279,14 @@ def test_command(
 
 
 def test_rows_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["--list", "--peers", "none", "--threads", "2", "--rows", "1K,clip,float16"])
-    listed = [line for line in capsys.readouterr().out.splitlines() if "threads" in line]
+    chosen = ["--rows", "1K,clip,float16", "--rows", "training,sgd"]
+    command.main(["--list", "--peers", "none", "--threads", "2", *chosen])
+    listed = [line for line in capsys.readouterr().out.splitlines() if "," in line]
     assert listed == [
-        f"{model}, AdamW, clip, bfloat16, 2 threads" for model in ("1000 x 1K", "2000 x 1K")
+        "1000 x 1K, AdamW, clip, bfloat16, 2 threads",
+        "2000 x 1K, AdamW, clip, bfloat16, 2 threads",
+        "training: ResNet-18, 8 images of 64 x 64, SGD, plain",
+        "training: ResNet-18, 8 images of 64 x 64, SGD, clip",
     ]
 
 
@@ -301,3 +307,14 @@ def test_pictures_of_wrong_failed_and_slow_contestants(tmp_path: Path) -> None:
     path = tmp_path / "rows.png"
     picture.draw_rows([result] * 4, path, machine("cpu"))
     assert path.stat().st_size > 10_000
+
+
+def test_the_page_has_the_figures_of_its_json() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/performance_page.py", "--check"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

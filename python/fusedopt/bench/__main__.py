@@ -16,10 +16,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", action="store_true", help="all combinations; takes hours")
     parser.add_argument(
         "--rows",
-        default="",
+        action="append",
+        default=[],
         metavar="TEXT",
         help="only rows whose name contains all these texts, with commas between them, as in "
-        "'GPT-2,Lion'; the overhead and training have names, too",
+        "'GPT-2,Lion'; several times for more rows; the overhead and training have names, too",
     )
     parser.add_argument(
         "--peers",

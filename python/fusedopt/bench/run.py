@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -31,9 +32,9 @@ class Job(NamedTuple):
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print, and write the files that are asked for."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)  # for a file or a log
+    # The stream of now: sys.stdout is another one while a contestant is kept quiet.
+    width = None if sys.stdout.isatty() else 110
+    console = Console(file=sys.stdout, width=width)
     console.print("[dim]importing the peers ...[/dim]")
     entrants = contestants(options.peers, options.quick)
     if options.threads:
@@ -70,19 +71,22 @@ def _results(jobs: list[Job], report: Report, console: Console) -> Iterator[Grou
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Without a thread that would redraw it in the middle of a step.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
 
             def notify(text: str, name: str = job.name) -> None:
-                progress.update(task, description=f"{name}: {text}")
+                progress.update(task, description=f"{name}: {text}", refresh=True)
 
             yield job.do(report, notify)
             progress.advance(task)
 
 
-def _matches(name: str, wanted: str) -> bool:
-    return all(part.strip().lower() in name.lower() for part in wanted.split(","))
+def _matches(name: str, wanted: list[str]) -> bool:
+    return not wanted or any(
+        all(part.strip().lower() in name.lower() for part in text.split(",")) for text in wanted
+    )
 
 
 def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
@@ -99,7 +103,7 @@ def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
         if not options.threads or row.threads == options.threads
     ]
     budget = 0.8 if options.quick else 10.0
-    jobs = [_row_job(row, entrants, options.repeats, budget, "rows") for row in chosen]
+    jobs = [_row_job(row, entrants, options.repeats, budget) for row in chosen]
     tiny = Row(f"{TENSORS} x 16", "AdamW", threads=threads, device=options.device)
     jobs.append(_overhead_job(tiny, entrants, options.repeats or (10 if options.quick else 0)))
     if not options.quick:
@@ -111,13 +115,15 @@ def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
     return jobs
 
 
-def _row_job(row: Row, entrants: list[Contestant], repeats: int, budget: float, part: str) -> Job:
+def _row_job(
+    row: Row, entrants: list[Contestant], repeats: int, budget: float, part: str = "rows"
+) -> Job:
     def do(report: Report, notify: Notify) -> Group:
         result = measure(row, entrants, repeats=repeats, budget=budget, progress=notify)
         getattr(report, part).append(result)
         return table.row_table(result)
 
-    return Job(str(row), do)
+    return Job(str(row) if part == "rows" else f"{part}: {row}", do)
 
 
 def _overhead_job(row: Row, entrants: list[Contestant], repeats: int) -> Job:
