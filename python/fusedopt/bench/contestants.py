@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,14 +72,14 @@ def _trick(row: Row, params: list[Tensor]) -> Step:
     return modes.grad_scale_step(cls(params, **row.arguments, fused=True), params)
 
 
-_scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-
-
 def _compiled(row: Row, params: list[Tensor]) -> Step:
     if len(row.shapes) > MOST_COMPILED_TENSORS:
         raise NotImplementedError(f"compiling {len(row.shapes)} tensors takes many minutes")
     torch._dynamo.reset()  # or it gives up on compiling one more step
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _scratch.name  # or it may not compile at all
+    # With a cache from earlier, it would not compile.
+    cache = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     step = _torch(foreach=True)(row, params)
     return torch.compile(step)
 

@@ -14,7 +14,9 @@ from fusedopt.bench.results import Overhead, Report, RowResult, Timing, Training
 def _table(columns: list[str], left: tuple[str, ...] = ("",)) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=True)
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in left else "right", no_wrap=name not in left
+        )
     return table
 
 
