@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ from fusedopt.bench.training import Task, train
 
 TORCH = contestants("torch fused,foreach,loop")
 TINY = Row("3 x 16", "AdamW", threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    """Measuring sets torch's threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def build(name: str) -> Any:
@@ -122,6 +131,24 @@ def test_a_peer_that_fails_is_listed_with_the_reason() -> None:
     assert list(failed) == ["torch fused"]
     assert failed["torch fused"].endswith("got an unexpected keyword argument 'fused'")
     assert result.find("torch fused") is None
+
+
+def test_a_peer_that_fails_later_is_listed_too() -> None:
+    def fifth_step_fails(row: Row, params: list[Tensor]) -> Step:
+        step, calls = build("torch fused")(row, params), []
+
+        def counted() -> None:
+            calls.append(1)
+            if params[0].numel() == 16 and len(calls) == 5:
+                raise RuntimeError("out of breath\nand more")
+            step()
+
+        return counted
+
+    peer = Contestant("tired", lambda row: True, fifth_step_fails)
+    result = measure(TINY, [*TORCH, peer], repeats=4)
+    assert result.timings[-1].failed == "RuntimeError: out of breath"
+    assert result.timings[0].samples == 4
 
 
 def test_peers_are_chosen_by_name() -> None:

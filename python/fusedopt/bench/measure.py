@@ -62,11 +62,11 @@ def measure(
     warm[_PROBE] = _seconds(probe, row.device)
     once = sum(warm[name] for name in steps)
     rounds = repeats or max(FEWEST, min(MOST, int(budget / once)))
-    seconds = _interleave(steps, rounds, row.device, progress)
-
+    seconds, failed = _interleave(steps, rounds, row.device, progress)
+    for name, why in failed.items():
+        timings[name].failed = why
     if any(contestant.compiles for contestant in contestants):
         torch._dynamo.reset()  # or it keeps the tensors
-
     limit = probe_bytes / statistics.median(seconds.pop(_PROBE)) / 1e9
     for name, samples in seconds.items():
         _fill(timings[name], samples, row, limit)
@@ -113,15 +113,20 @@ def _enter(
 
 def _interleave(
     steps: dict[str, Step], rounds: int, device: str, progress: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """Return the seconds of each step, one of each after the other."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the seconds of each step, one of each after the other, and which failed, and why."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, str] = {}
     with without_collection(), quiet():
         for i in range(rounds):
             progress(f"round {i + 1} of {rounds}")
-            for name, step in steps.items():
-                seconds[name].append(_seconds(step, device))
-    return seconds
+            for name in list(seconds):
+                try:
+                    seconds[name].append(_seconds(steps[name], device))
+                except Exception as error:  # such as a lack of memory
+                    failed[name] = reason(error)
+                    del seconds[name]
+    return seconds, failed
 
 
 def _fill(timing: Timing, samples: list[float], row: Row, limit: float) -> None:

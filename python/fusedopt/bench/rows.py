@@ -176,14 +176,19 @@ def main_rows(threads: int, device: str) -> Iterator[Row]:
     The variants are of AdamW on every model, and of every optimizer on GPT-2: clipped, with a
     GradScaler, in bfloat16, in bfloat16 and clipped, on one thread.
     """
+    plain = ("plain", torch.float32, threads)
+    variants = [
+        plain,
+        ("clip", torch.float32, threads),
+        ("scaler", torch.float32, threads),
+        ("plain", torch.bfloat16, threads),
+        ("clip", torch.bfloat16, threads),
+        ("plain", torch.float32, 1),
+    ]
     for row in all_rows(threads, device):
-        half, fewer = row.dtype != torch.float32, row.threads != threads
-        plain = not (row.mode != "plain" or half or fewer)
-        variant = not (fewer and (row.mode != "plain" or half)) and (row.mode, half) != (
-            "scaler",
-            True,
-        )
-        if plain or (variant and (row.optimizer == "AdamW" or row.model == "GPT-2 124M")):
+        variant = (row.mode, row.dtype, row.threads)
+        typical = row.optimizer == "AdamW" or row.model == "GPT-2 124M"
+        if variant == plain or (typical and variant in variants):
             yield row
 
 
