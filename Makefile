@@ -9,7 +9,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
 CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
 
-.PHONY: help demo test bench bench-peers bench-docs lint format wheel test-machines clean
+.PHONY: help demo test bench bench-peers bench-docs count lint format wheel test-machines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,10 @@ bench-docs: .venv/peers .venv/installed
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m fusedopt.bench --scaling \
 	  --json docs/performance.json $(ARGS)
 	$(RUN)/python tools/performance_page.py
+
+## make count          instructions of a step under valgrind, against recorded bounds
+count: .venv/installed
+	$(RUN)/python tools/count_instructions.py $(ARGS)
 
 ## make lint           formatting, style and types
 lint: .venv/dependencies

@@ -25,6 +25,7 @@ from fusedopt.bench.overhead import overhead
 from fusedopt.bench.results import Report, RowResult, machine, read
 from fusedopt.bench.rows import MAX_NORM, Row
 from fusedopt.bench.training import Task, train
+from tools import count_instructions
 
 TORCH = contestants("torch fused,foreach,loop")
 TINY = Row("3 x 16", "AdamW", threads=1)
@@ -345,3 +346,22 @@ def test_the_page_has_the_figures_of_its_json() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_too_many_instructions_fail_and_name_the_bound(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads(count_instructions.DATA.read_text())
+    recorded: dict[str, int] = data["instructions_a_tensor"]
+    assert set(recorded) == set(count_instructions.OPTIMIZERS)
+    monkeypatch.setattr("sys.argv", ["count_instructions.py"])
+    monkeypatch.setattr(count_instructions, "environment", lambda: data["environment"])
+    for factor, status in ((1.0, 0), (1.1, 1)):
+        counts = {name: round(number * factor) for name, number in recorded.items()}
+        monkeypatch.setattr(count_instructions, "count", lambda counts=counts: counts)
+        assert count_instructions.main() == status
+        assert ("TOO MANY" in capsys.readouterr().out) == bool(status)
+    # Another Python takes other numbers of instructions, which say nothing.
+    monkeypatch.setattr(count_instructions, "environment", lambda: {"python": "4.0"})
+    assert count_instructions.main() == 0
+    assert "no verdict" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Counts the instructions of a step on many tiny tensors, and holds them to recorded bounds.
 
-    .venv/bin/python tools/count_instructions.py [--record]
+    make count [ARGS=--record]
 
 The exit status is 1 if a step takes more than it may; --record makes what it takes the new bound.
 
@@ -114,7 +114,7 @@ def main() -> int:
     if not comparable:
         print(f"no verdict: the bounds are for {data['environment']}, this is {here}")
     if failed:
-        print("make it cheaper; or, if it is worth it: tools/count_instructions.py --record")
+        print("make it cheaper; or, if it is worth it: make count ARGS=--record")
     return int(failed)
 
 

@@ -30,7 +30,7 @@ def _notes(failed: dict[str, str]) -> list[Text]:
 
 def row_table(result: RowResult) -> Group:
     """Return one row of the benchmark as a table of its contestants."""
-    title = f"{result.row}: {result.bytes / 1e6:.4g} MB a step, "
+    title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
     title += f"at most {result.limit_gigabytes_per_second:.1f} GB/s"
     columns = ["", "median", "spread", "GB/s", "of limit", "to fusedopt", "first step", "compile"]
     table = _table(columns)
