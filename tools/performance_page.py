@@ -23,6 +23,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 PEERS = ["torch fused", "torch fused + grad_scale", "torch foreach", "torch loop", "torch.compile"]
 PEERS += ["DeepSpeed"]
 
+# Where the memory's limit varies by more than this within a run, others use the memory, too.
+BUSY = 1.3
+
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
     """Return a Markdown table, its first column to the left and the others to the right."""
@@ -78,6 +81,8 @@ def machine(report: Report) -> str:
     if limits:
         low, high = min(limits), max(limits)
         facts["memory"] = f"{low:.0f} to {high:.0f} GB/s in rows that move more than 1 GB a step"
+        if high > BUSY * low:
+            facts["memory"] += "; the machine was busy, so that only ratios say something"
     return "\n".join(f"- {key}: {value}" for key, value in facts.items())
 
 
@@ -92,7 +97,7 @@ def peers(report: Report) -> str:
                     seen.setdefault((timing.name, reason), []).append(row)
         verb = "failed" if kind == "failed" else "has wrong numbers"
         for (name, reason), rows in seen.items():
-            more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
             lines.append(f"- {name} {verb} in {rows[0].row}{more}: {reason}")
     return "\n".join(lines) or "All took part, and all numbers were right."
 

@@ -91,7 +91,7 @@ def _label(timing: Timing) -> str:
     )
     text += " ms"
     if timing.ratio is not None and timing.name != OURS:
-        text += f", {timing.ratio:.3g}x"
+        text += f", {timing.ratio:.2f}x"
     return f"{text}, wrong numbers" if timing.wrong else text
 
 
