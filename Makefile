@@ -9,7 +9,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
 CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
 
-.PHONY: help demo docs test bench lint format wheel test-machines clean
+.PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,9 +27,22 @@ docs: .venv/installed
 test: .venv/installed
 	$(RUN)/python -m pytest $(ARGS)
 
-## make bench          step times, next to torch's
+## make bench          what fusedopt gains on this machine; ARGS=--quick takes a minute
 bench: .venv/installed
-	$(RUN)/python -m benchmarks.step_time $(ARGS)
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m fusedopt.bench $(ARGS)
+
+## make bench-peers    the same, with all peers that it knows installed beside torch
+bench-peers: .venv/peers bench
+
+## make bench-docs     measure docs/performance.md anew, for hours
+bench-docs: .venv/peers .venv/installed
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m fusedopt.bench --scaling \
+	  --json docs/performance.json $(ARGS)
+	$(RUN)/python tools/performance_page.py
+
+## make count          instructions of a step under valgrind, against recorded bounds
+count: .venv/installed
+	$(RUN)/python tools/count_instructions.py $(ARGS)
 
 ## make lint           formatting, style and types
 lint: .venv/dependencies
@@ -65,6 +78,10 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt pip
 	$(PIP) install --constraint constraints.txt --group dev
+	@touch $@
+
+.venv/peers: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group peers
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)

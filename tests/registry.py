@@ -1,4 +1,4 @@
-"""The cases that tests and benchmarks share: data only."""
+"""The cases that tests share: data only."""
 
 from __future__ import annotations
 
@@ -112,24 +112,6 @@ NORM_TYPES = [1.0, 2.0, float("inf"), 3.0]
 MAX_NORMS = [0.0, 1e-12, 0.5, 1e6, float("inf")]
 FILLED_SHAPES = [(5,), (3, 4), (), (2, 3, 4)]  # torch has no infinity norm of an empty tensor
 
-
-def _gpt2_shapes() -> list[tuple[int, ...]]:
-    width, vocabulary, context = 768, 50257, 1024
-    block = [
-        *[(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)],
-        *[(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)],
-    ]
-    return [(vocabulary, width), (context, width), *block * 12, (width,), (width,)]
-
-
-# Parameter shapes of the benchmark rows.
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "GPT-2 124M": _gpt2_shapes(),
-    "1 x 100M": [(100_000_000,)],
-    "10 x 1M": [(1_000_000,)] * 10,
-    "1000 x 1K": [(1024,)] * 1000,
-    "2000 x 16": [(16,)] * 2000,
-}
 
 # ---- bad input -----------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ python -m tools.make_guide
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import statistics
@@ -19,10 +18,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import fusedopt
-from benchmarks.step_time import machine, make_params
 from examples import landscape, train_digits
 from examples.train_digits import RECIPES
-from tests.registry import SHAPES
+from fusedopt.bench.results import machine
+from fusedopt.bench.rows import Row, parameters
 
 DOCS = Path(__file__).parent.parent / "docs"
 CYCLE, CYCLES = 5, 5  # every fifth step of Lookahead does more
@@ -43,7 +42,8 @@ def state_tensors(optimizer: Optimizer, params: list[Tensor]) -> int:
 
 def costs() -> list[str]:
     """Step times of all optimizers, interleaved; they share parameters and gradients."""
-    params = make_params(SHAPES["GPT-2 124M"], torch.float32)
+    row = Row("GPT-2 124M", "AdamW")
+    params = parameters(row)
     optimizers = {name: make([{"params": params}]) for name, make in RECIPES.items()}
     for optimizer in optimizers.values():  # makes the state, and touches every page of it
         optimizer.step()
@@ -63,13 +63,12 @@ def costs() -> list[str]:
         if isinstance(optimizer, fusedopt.Lookahead):  # which moves one of them now and then
             moved += 8 / optimizer.k - 8
         lines.append(f"| {name} | {states} | {kept} | {moved:g} | {_median(times[name])} |")
-    facts = machine()
-    numel = sum(math.prod(shape) for shape in SHAPES["GPT-2 124M"])
+    facts = machine("cpu")
     lines += [
         "",
-        f"Medians of {CYCLES} cycles of {CYCLE} interleaved steps, {numel / 1e6:.0f} million "
-        "parameters: "
-        f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, torch {facts['torch']}.",
+        f"Medians of {CYCLES} cycles of {CYCLE} interleaved steps, {row.numel / 1e6:.0f} million "
+        f"parameters: {facts['processor']}, {facts['instruction set']}, {facts['threads']} threads,"
+        f" torch {facts['torch']}.",
     ]
     return lines
 

@@ -1,0 +1,1 @@
+"""What fusedopt gains on this machine: ``python -m fusedopt.bench``."""

@@ -1,0 +1,204 @@
+"""Who takes part: fusedopt, torch's own ways to step, and the libraries that are installed."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import fusedopt
+from fusedopt.bench import modes
+from fusedopt.bench.modes import Step
+from fusedopt.bench.rows import Row
+
+# torch.compile takes about half a second a tensor.
+MOST_COMPILED_TENSORS = 200
+
+
+class Contestant(NamedTuple):
+    """A way to do the step of a row."""
+
+    name: str
+    enters: Callable[[Row], bool]
+    """Whether it claims to do this row: what it lacks by design is no failure."""
+    build: Callable[[Row, list[Tensor]], Step]
+    """Return the step, in the row's mode; raises where the contestant cannot do it."""
+    missing: str = ""
+    """Why it cannot be tried at all."""
+    compiles: bool = False
+    """Whether the step is compiled when it is first taken."""
+
+
+# ---- fusedopt ------------------------------------------------------------------------------------
+
+
+def _fusedopt(row: Row, params: list[Tensor]) -> Step:
+    return modes.fusedopt_step(getattr(fusedopt, row.optimizer), row, params)
+
+
+def _fusedopt_torch_scaler(row: Row, params: list[Tensor]) -> Step:
+    return modes.amp_scaling_step(getattr(fusedopt, row.optimizer), row, params)
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def _in_torch(row: Row) -> bool:
+    return hasattr(torch.optim, row.optimizer)
+
+
+def _torch(**flags: bool) -> Callable[[Row, list[Tensor]], Step]:
+    def build(row: Row, params: list[Tensor]) -> Step:
+        cls = getattr(torch.optim, row.optimizer)
+        return modes.torch_step(cls(params, **row.arguments, **flags), row, params)
+
+    return build
+
+
+def _trick(row: Row, params: list[Tensor]) -> Step:
+    cls = getattr(torch.optim, row.optimizer)
+    return modes.grad_scale_step(cls(params, **row.arguments, fused=True), params)
+
+
+def _compiled(row: Row, params: list[Tensor]) -> Step:
+    if len(row.shapes) > MOST_COMPILED_TENSORS:
+        raise NotImplementedError(f"compiling {len(row.shapes)} tensors takes many minutes")
+    torch._dynamo.reset()  # or it gives up on compiling one more step
+    # With a cache from earlier, it would not compile.
+    cache = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    step = _torch(foreach=True)(row, params)
+    return torch.compile(step)
+
+
+# ---- libraries -----------------------------------------------------------------------------------
+
+# Where each keeps its classes, by the name of the optimizer here, and arguments it alone needs.
+Classes = dict[str, tuple[str, dict[str, Any]]]
+
+_DEEPSPEED: Classes = {
+    "Adam": ("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": False}),
+    "AdamW": ("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": True}),
+    "Adagrad": ("deepspeed.ops.adagrad.DeepSpeedCPUAdagrad", {}),
+    "Lion": ("deepspeed.ops.lion.DeepSpeedCPULion", {}),
+}
+_LION_PYTORCH: Classes = {"Lion": ("lion_pytorch.Lion", {})}
+_OPTIMI: Classes = {
+    name: (f"optimi.{name}", {}) for name in ("SGD", "Adam", "AdamW", "RAdam", "Lion")
+}
+_BITSANDBYTES: Classes = {
+    name: (f"bitsandbytes.optim.{name}", {})
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion")
+}
+# The others of these that it names are torch's own classes.
+_PYTORCH_OPTIMIZER: Classes = {
+    name: (f"pytorch_optimizer.{name}", {}) for name in ("RAdam", "Lion")
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what libraries say at their import and first step."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _find(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def library(name: str, classes: Classes) -> Contestant:
+    """Return the contestant that a library's optimizers make, missing if it cannot be imported."""
+
+    def build(row: Row, params: list[Tensor]) -> Step:
+        path, extra = classes[row.optimizer]
+        optimizer: Optimizer = _find(path)(params, **row.arguments, **extra)
+        return modes.torch_step(optimizer, row, params)
+
+    try:
+        with quiet():
+            for path, _ in classes.values():
+                _find(path)
+    except Exception as error:  # whatever a broken library raises
+        missing = f"{type(error).__name__}: {error}"
+    else:
+        missing = ""
+    return Contestant(name, lambda row: row.optimizer in classes, build, missing)
+
+
+# ---- all -----------------------------------------------------------------------------------------
+
+OURS = "fusedopt"
+
+_ALWAYS = [
+    Contestant(OURS, lambda row: True, _fusedopt),
+    Contestant("fusedopt + torch scaler", lambda row: row.mode == "scaler", _fusedopt_torch_scaler),
+    Contestant("torch fused", _in_torch, _torch(fused=True)),
+    Contestant(
+        "torch fused + grad_scale", lambda row: _in_torch(row) and row.mode == "clip", _trick
+    ),
+    Contestant("torch foreach", _in_torch, _torch(foreach=True)),
+    Contestant("torch loop", _in_torch, _torch(foreach=False)),
+    # The step alone: each row costs a minute of compilation.
+    Contestant(
+        "torch.compile",
+        lambda row: _in_torch(row) and row.mode == "plain",
+        _compiled,
+        compiles=True,
+    ),
+]
+_LIBRARIES = {
+    "DeepSpeed": _DEEPSPEED,
+    "lion-pytorch": _LION_PYTORCH,
+    "torch-optimi": _OPTIMI,
+    "bitsandbytes": _BITSANDBYTES,
+    "pytorch-optimizer": _PYTORCH_OPTIMIZER,
+}
+
+
+def contestants(peers: str = "", quick: bool = False) -> list[Contestant]:
+    """Return fusedopt and its peers.
+
+    Args:
+        peers: parts of names, with commas between them: only these peers; empty for all.
+        quick: leave out those that compile first, unless they are asked for.
+    """
+    wanted = [part.strip().lower() for part in peers.split(",") if part.strip()]
+
+    def take(name: str) -> bool:
+        return not wanted or name.startswith(OURS) or any(part in name.lower() for part in wanted)
+
+    def left_out(name: str) -> bool:
+        return quick and not wanted and name in ("torch.compile", "DeepSpeed")
+
+    chosen = [each for each in _ALWAYS if take(each.name) and not left_out(each.name)]
+    chosen += [
+        library(name, classes)
+        for name, classes in _LIBRARIES.items()
+        if take(name) and not left_out(name)
+    ]
+    return chosen

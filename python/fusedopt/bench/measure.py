@@ -1,0 +1,209 @@
+"""Measuring a row: all contestants in one process, in turn, and the memory's limit among them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fusedopt import _core
+from fusedopt.bench import oracle
+from fusedopt.bench.contestants import OURS, Contestant, quiet
+from fusedopt.bench.modes import Step
+from fusedopt.bench.results import RowResult, Timing
+from fusedopt.bench.rows import Row, parameters
+
+FEWEST, MOST = 7, 300  # rounds
+_PROBE = "probe"
+_MOST_PROBED = 100_000_000  # elements: more would be no faster, and need memory
+
+
+def measure(
+    row: Row,
+    contestants: list[Contestant],
+    *,
+    repeats: int = 0,
+    budget: float = 10.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> RowResult:
+    """Time the step of a row.
+
+    Args:
+        row: what to step.
+        contestants: those of them that enter the row; fusedopt first.
+        repeats: rounds, in each of which every contestant takes one step; 0 for as many as fit
+            into the budget.
+        budget: in seconds.
+        progress: told what is being done.
+    """
+    torch.set_num_threads(row.threads)
+    gc.collect()  # the row before may have left gigabytes in reference cycles
+    timings: dict[str, Timing] = {}
+    steps: dict[str, Step] = {}
+    warm: dict[str, float] = {}
+    for contestant in contestants:
+        if not contestant.enters(row) or contestant.missing:
+            continue
+        progress(contestant.name)
+        timing = timings[contestant.name] = Timing(contestant.name)
+        try:
+            with quiet():
+                _enter(contestant, row, timing, steps, warm)
+        except Exception as error:  # a peer may raise anything
+            timing.failed = reason(error)
+            steps.pop(contestant.name, None)
+    probe, probe_bytes = bandwidth_probe(row)
+    steps[_PROBE] = probe
+    warm[_PROBE] = _seconds(probe, row.device)
+    once = sum(warm[name] for name in steps)
+    rounds = repeats or max(FEWEST, min(MOST, int(budget / once)))
+    seconds, failed = _interleave(steps, rounds, row.device, progress)
+    for name, why in failed.items():
+        timings[name].failed = why
+    if any(contestant.compiles for contestant in contestants):
+        torch._dynamo.reset()  # or it keeps the tensors
+    limit = probe_bytes / statistics.median(seconds.pop(_PROBE)) / 1e9
+    for name, samples in seconds.items():
+        _fill(timings[name], samples, row, limit)
+    ours = timings.get(OURS)
+    if ours is not None and not ours.failed:
+        for timing in timings.values():
+            timing.ratio = None if timing.failed else timing.milliseconds / ours.milliseconds
+    return RowResult(
+        row=str(row),
+        model=row.model,
+        optimizer=row.optimizer,
+        mode=row.mode,
+        dtype=str(row.dtype).removeprefix("torch."),
+        threads=row.threads,
+        tensors=len(row.shapes),
+        parameters=row.numel,
+        bytes=row.bytes,
+        limit_gigabytes_per_second=limit,
+        timings=list(timings.values()),
+    )
+
+
+def _enter(
+    contestant: Contestant,
+    row: Row,
+    timing: Timing,
+    steps: dict[str, Step],
+    warm: dict[str, float],
+) -> None:
+    """Check the numbers of a contestant, let it touch all its pages, and add it to `steps`."""
+    timing.wrong = oracle.mistake(contestant.build, row)
+    _require_memory(row)
+    params = parameters(row)
+    start = time.perf_counter()
+    step = contestant.build(row, params)
+    step()
+    _synchronize(row.device)
+    timing.first_step_seconds = time.perf_counter() - start
+    warm[contestant.name] = _seconds(step, row.device)
+    if contestant.compiles:
+        timing.compile_seconds = timing.first_step_seconds - warm[contestant.name]
+    steps[contestant.name] = step
+
+
+def _interleave(
+    steps: dict[str, Step], rounds: int, device: str, progress: Callable[[str], None]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the seconds of each step, one of each after the other, and which failed, and why."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    failed: dict[str, str] = {}
+    with without_collection(), quiet():
+        for i in range(rounds):
+            progress(f"round {i + 1} of {rounds}")
+            for name in list(seconds):
+                try:
+                    seconds[name].append(_seconds(steps[name], device))
+                except Exception as error:  # such as a lack of memory
+                    failed[name] = reason(error)
+                    del seconds[name]
+    return seconds, failed
+
+
+def _fill(timing: Timing, samples: list[float], row: Row, limit: float) -> None:
+    median = statistics.median(samples)
+    timing.milliseconds = median * 1e3
+    timing.spread = spread(samples)
+    timing.gigabytes_per_second = row.bytes / median / 1e9
+    timing.share_of_limit = timing.gigabytes_per_second / limit
+    timing.samples = len(samples)
+
+
+def spread(samples: list[float]) -> float:
+    """Return the interquartile range as a share of the median."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / middle
+
+
+def bandwidth_probe(row: Row) -> tuple[Step, int]:
+    """Return traffic like Adam's with next to no arithmetic, and how many bytes it moves.
+
+    It is as large as the row's, up to a size, because a small one stays in caches. On a CPU, three
+    arrays are read and written and a fourth is read; on a GPU, one is copied.
+    """
+    if row.device == "cuda":
+        source, target = torch.zeros(2, row.bytes // 2, dtype=torch.uint8, device=row.device)
+        return lambda: target.copy_(source), row.bytes // 2 * 2
+    n = max(1, min(row.bytes // 28, _MOST_PROBED))
+    arrays = [torch.zeros(n) for _ in range(4)]
+
+    def stream() -> None:
+        _core.stream_like_adam([array.data_ptr() for array in arrays], n, row.threads)
+
+    return stream, 28 * n
+
+
+def _seconds(step: Step, device: str) -> float:
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the timings."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:160]
+
+
+def _require_memory(row: Row) -> None:
+    """Refuse what would make the machine swap, or end the process."""
+    temporaries = 2  # of torch's foreach
+    needed = row.numel * row.dtype.itemsize * (2 + row.states + temporaries)
+    meminfo = Path("/proc/meminfo")
+    if row.device == "cuda":
+        available = torch.cuda.mem_get_info()[0]
+    elif meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    else:
+        return
+    if needed > available:
+        raise MemoryError(f"left out: {needed / 1e9:.1f} GB do not fit beside the others")

@@ -1,0 +1,207 @@
+"""What is measured: models as lists of shapes, optimizers, and the rows made of the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fusedopt
+from fusedopt._base import Fused
+
+Shapes = list[tuple[int, ...]]
+
+
+def _gpt2() -> Shapes:
+    width, vocabulary, context = 768, 50257, 1024
+    block: Shapes = [
+        *[(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)],
+        *[(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)],
+    ]
+    return [(vocabulary, width), (context, width), *block * 12, (width,), (width,)]
+
+
+def _resnet50() -> Shapes:
+    def convolution(inputs: int, outputs: int, size: int) -> Shapes:  # and its batch norm
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]
+
+    shapes, inputs = convolution(3, 64, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += convolution(inputs, width, 1) + convolution(width, width, 3)
+            shapes += convolution(width, 4 * width, 1)
+            if block == 0:
+                shapes += convolution(inputs, 4 * width, 1)
+            inputs = 4 * width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def uniform(name: str) -> Shapes:
+    """Return the shapes that a name such as ``10 x 1M`` stands for."""
+    count, size = name.split(" x ")
+    units = {"K": 1024, "M": 1_000_000}
+    unit = units.get(size[-1], 1)
+    return [(int(size.rstrip("KM")) * unit,)] * int(count)
+
+
+MODELS: dict[str, Shapes] = {
+    "GPT-2 124M": _gpt2(),
+    "ResNet-50": _resnet50(),
+    **{
+        name: uniform(name)
+        for name in ("1 x 100M", "10 x 1M", "1000 x 1K", "2000 x 1K", "2000 x 16")
+    },
+}
+
+_ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+
+# Spelled out, because the defaults of the peers differ. An optimizer that is not listed here is
+# measured with its own defaults.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": _ADAM,
+    "AdamW": {**_ADAM, "weight_decay": 0.01},
+    "RMSprop": {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8},
+    "Adagrad": {"lr": 1e-2, "eps": 1e-10},
+    "RAdam": _ADAM,
+    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01},
+}
+
+# The step alone; after clipping to MAX_NORM; after a GradScaler's unscaling and clipping.
+MODES = ("plain", "clip", "scaler")
+MAX_NORM = 1.0
+
+
+def optimizers() -> list[str]:
+    """Return the names of all optimizers of the package, those with known arguments first."""
+    found = [
+        name
+        for name, value in vars(fusedopt).items()
+        if isinstance(value, type) and issubclass(value, Fused)
+    ]
+    known = list(ARGUMENTS)
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
+
+
+class Row(NamedTuple):
+    """One kind of step on one model."""
+
+    model: str
+    optimizer: str
+    mode: str = "plain"
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        parts = [self.model, self.optimizer]
+        parts += {"plain": [], "clip": ["clip"], "scaler": ["GradScaler and clip"]}[self.mode]
+        parts += [] if self.dtype == torch.float32 else [str(self.dtype).removeprefix("torch.")]
+        parts += [f"{self.threads} thread{'s' * (self.threads > 1)}"]
+        return ", ".join(parts)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of the parameters."""
+        return MODELS.get(self.model) or uniform(self.model)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The optimizer's arguments."""
+        return ARGUMENTS.get(self.optimizer, {})
+
+    @property
+    def numel(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def states(self) -> int:
+        """How many state tensors the optimizer keeps for a parameter."""
+        return state_count(self.optimizer)
+
+    @property
+    def bytes(self) -> int:
+        """What has to move: all is read, all but the gradient written, a norm reads it again."""
+        streams = 3 + 2 * self.states + (self.mode != "plain")
+        return self.numel * streams * self.dtype.itemsize
+
+
+def state_count(optimizer: str) -> int:
+    """Return how many state tensors an optimizer of the package keeps for a parameter."""
+    made: Fused = getattr(fusedopt, optimizer)([torch.zeros(1)], **ARGUMENTS.get(optimizer, {}))
+    return len(made._rule(made.param_groups[0]).states)
+
+
+def parameters(row: Row) -> list[Tensor]:
+    """Return the parameters of a row with gradients.
+
+    The global norm of the gradients is far above MAX_NORM, so that clipping is not idle; torch
+    clips in place, and afterwards finds a norm just above it, again and again. Neither that nor the
+    steps themselves lead to subnormal numbers, which would slow processors down.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(1 << 20, generator=generator)
+
+    def values(shape: tuple[int, ...], std: float) -> Tensor:
+        flat = torch.empty(math.prod(shape))
+        # To draw 100M numbers would take longer than to measure.
+        for part in torch.split(flat, len(pool)):
+            part.copy_(pool[: len(part)]).mul_(std)
+        return flat.view(shape).to(row.device, row.dtype)
+
+    params = []
+    for shape in row.shapes:
+        p = values(shape, 0.02).requires_grad_()
+        p.grad = values(shape, 0.1)
+        params.append(p)
+    return params
+
+
+def all_rows(threads: int, device: str) -> Iterator[Row]:
+    """Yield every combination."""
+    counts = sorted({threads, 1}, reverse=True)
+    dtypes = (torch.float32, torch.bfloat16)
+    for row in product(MODELS, optimizers(), MODES, dtypes, counts):
+        yield Row(*row, device)
+
+
+def main_rows(threads: int, device: str) -> Iterator[Row]:
+    """Yield the rows that say most: every optimizer on every model, and variants of a few of them.
+
+    The variants are of AdamW on every model, and of every optimizer on GPT-2: clipped, with a
+    GradScaler, in bfloat16, in bfloat16 and clipped, on one thread.
+    """
+    plain = ("plain", torch.float32, threads)
+    variants = [
+        plain,
+        ("clip", torch.float32, threads),
+        ("scaler", torch.float32, threads),
+        ("plain", torch.bfloat16, threads),
+        ("clip", torch.bfloat16, threads),
+        ("plain", torch.float32, 1),
+    ]
+    for row in all_rows(threads, device):
+        variant = (row.mode, row.dtype, row.threads)
+        typical = row.optimizer == "AdamW" or row.model == "GPT-2 124M"
+        if variant == plain or (typical and variant in variants):
+            yield row
+
+
+def quick_rows(threads: int, device: str) -> Iterator[Row]:
+    """Yield rows that take less than a minute together."""
+    for optimizer in optimizers():
+        yield Row("10 x 1M", optimizer, threads=threads, device=device)
+    for model, mode in (("ResNet-50", "plain"), ("ResNet-50", "clip"), ("1000 x 1K", "plain")):
+        yield Row(model, "AdamW", mode, threads=threads, device=device)
+    yield Row("1000 x 1K", "AdamW", "clip", threads=threads, device=device)
+
+
+def scaling_rows(threads: int, device: str) -> Iterator[Row]:
+    """Yield steps of AdamW on one tensor, from 1M to 400M parameters."""
+    for millions in (1, 2, 5, 10, 20, 50, 100, 200, 400):
+        yield Row(f"1 x {millions}M", "AdamW", threads=threads, device=device)

@@ -1,0 +1,127 @@
+"""Results as tables in the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from fusedopt.bench.contestants import OURS
+from fusedopt.bench.results import Overhead, Report, RowResult, Timing, Training
+
+
+def _table(columns: list[str], left: tuple[str, ...] = ("",)) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=True)
+    for name in columns:
+        table.add_column(
+            name, justify="left" if name in left else "right", no_wrap=name not in left
+        )
+    return table
+
+
+def _under(title: str, *parts: Table | Text) -> Group:
+    return Group(Text(title, style="bold"), *parts, "")  # a table's own title wraps at its width
+
+
+def _notes(failed: dict[str, str]) -> list[Text]:
+    return [Text(f"  {name} failed: {why}", style="dim") for name, why in failed.items()]
+
+
+def row_table(result: RowResult) -> Group:
+    """Return one row of the benchmark as a table of its contestants."""
+    title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
+    title += f"at most {result.limit_gigabytes_per_second:.1f} GB/s"
+    columns = ["", "median", "spread", "GB/s", "of limit", "to fusedopt", "first step", "compile"]
+    table = _table(columns)
+    for timing in result.timings:
+        if not timing.failed:
+            style = "green" if timing.name == OURS else "red" if timing.wrong else None
+            table.add_row(timing.name, *_cells(timing), style=style)
+    wrong = [
+        Text(f"  {t.name} has wrong numbers: {t.wrong}", style="red")
+        for t in result.timings
+        if t.wrong
+    ]
+    failed = {t.name: t.failed for t in result.timings if t.failed}
+    return _under(title, table, *wrong, *_notes(failed))
+
+
+def _cells(timing: Timing) -> list[str]:
+    compiling = timing.compile_seconds
+    return [
+        f"{timing.milliseconds:.3f} ms",
+        f"{timing.spread:.0%}",
+        f"{timing.gigabytes_per_second:.1f}",
+        f"{timing.share_of_limit:.0%}",
+        "" if timing.ratio is None else f"{timing.ratio:.2f}x",
+        f"{timing.first_step_seconds:.3f} s",
+        "" if compiling is None else f"{compiling:.1f} s",
+    ]
+
+
+def first_steps_table(result: RowResult) -> Group:
+    """Return the time to the first step of each contestant of a row as a row of its own."""
+    table = _table(["", "seconds"])
+    for timing in result.timings:
+        if not timing.failed:
+            table.add_row(timing.name, f"{timing.first_step_seconds:.3f}")
+    return _under(f"{result.row}: from the constructor to the first step", table)
+
+
+def overhead_table(overhead: Overhead) -> Group:
+    """Return the overhead as a table: our parts, and everyone's total."""
+    title = f"{overhead.optimizer} on {overhead.tensors} tiny tensors with fresh gradients, "
+    title += f"{overhead.threads} threads"
+    table = _table(["", "us a tensor", "gather", "kernel", "rest"])
+    for name, total in overhead.totals.items():
+        parts = (overhead.gather, overhead.kernel, overhead.rest) if name == OURS else ()
+        table.add_row(name, f"{total:.3f}", *(f"{part:.3f}" for part in parts))
+    return _under(title, table, *_notes(overhead.failed))
+
+
+def training_table(trainings: list[Training]) -> Group:
+    """Return training runs of one model as a table."""
+    one = trainings[0]
+    title = f"Training {one.model}: {one.optimizer}, {one.mode}, {one.threads} threads"
+    table = _table(["", "iteration", "update", "share"])
+    for t in trainings:
+        if not t.failed:
+            times = (f"{t.iteration_milliseconds:.2f} ms", f"{t.update_milliseconds:.2f} ms")
+            table.add_row(t.contestant, *times, f"{t.share:.1%}")
+    return _under(title, table, *_notes({t.contestant: t.failed for t in trainings if t.failed}))
+
+
+def print_missing(console: Console, report: Report) -> None:
+    """Say which peers were not tried, and why."""
+    for name, reason in report.missing.items():
+        console.print(f"[dim]{name} is missing: {reason}[/dim]", highlight=False)
+
+
+def print_summary(console: Console, report: Report) -> None:
+    """Print a line for each row: fusedopt, and the best of its peers whose numbers are right."""
+    columns = ["", "fusedopt", "of limit", "best peer", "to fusedopt"]
+    table = _table(columns, left=("", "best peer"))
+    for row in report.rows:
+        ours, peer = row.find(OURS), best_peer(row)
+        table.add_row(
+            row.row,
+            f"{ours.milliseconds:.3f} ms" if ours else "failed",
+            f"{ours.share_of_limit:.0%}" if ours else "",
+            peer.name if peer else "none",
+            f"{peer.ratio:.2f}x" if peer and peer.ratio else "",
+        )
+    if report.rows:
+        console.print(_under("Summary", table))
+        slowest = max(report.rows, key=lambda row: max(t.first_step_seconds for t in row.timings))
+        console.print(first_steps_table(slowest))
+
+
+def best_peer(row: RowResult) -> Timing | None:
+    """Return the fastest contestant, fusedopt apart, whose numbers are right."""
+    peers = [
+        timing
+        for timing in row.timings
+        if not timing.name.startswith(OURS) and not timing.failed and not timing.wrong
+    ]
+    return min(peers, key=lambda timing: timing.milliseconds, default=None)

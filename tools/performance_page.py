@@ -1,0 +1,226 @@
+"""Writes the figures of docs/performance.json into docs/performance.md, and draws its pictures.
+
+    python tools/performance_page.py [--check]
+
+A block of the page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is what the function of
+that name below returns. With --check, nothing is written, and a page that is not up to date is an
+error.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fusedopt.bench.contestants import OURS
+from fusedopt.bench.picture import draw_rows, draw_scaling
+from fusedopt.bench.results import Report, RowResult, read
+from fusedopt.bench.table import best_peer
+
+DOCS = Path(__file__).parent.parent / "docs"
+PEERS = ["torch fused", "torch fused + grad_scale", "torch foreach", "torch loop", "torch.compile"]
+PEERS += ["DeepSpeed"]
+
+# Where the memory's limit varies by more than this within a run, others use the memory, too.
+BUSY = 1.3
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
+    """Return a Markdown table, its first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+
+
+def step_table(rows: list[RowResult]) -> str:
+    """Return fusedopt's figures and the ratios of its peers for some rows."""
+    peers = [peer for peer in PEERS if any(row.find(peer) for row in rows)]
+    others = {t.name for row in rows for t in row.timings} - {*PEERS}
+    lines = []
+    for row in rows:
+        name = row.row.removesuffix("s").removesuffix(f", {row.threads} thread")
+        if ours := row.find(OURS):
+            cells = [f"{ours.milliseconds:.2f} ms", f"{ours.gigabytes_per_second:.1f}"]
+            cells += [f"{ours.share_of_limit:.0%}"]
+        else:
+            cells = ["failed", "", ""]
+        cells += [ratio(row, peer) for peer in peers]
+        rest = [t for t in row.timings if t.name in others and t.name[:8] != OURS and not t.failed]
+        if best := min(rest, key=lambda t: t.milliseconds, default=None):
+            cells.append(f"{ratio(row, best.name)} {best.name}")
+        else:
+            cells.append("")
+        lines.append([name, *cells])
+    return table(["", "fusedopt", "GB/s", "of limit", *peers, "best of the rest"], lines)
+
+
+def ratio(row: RowResult, peer: str) -> str:
+    """Return a peer's time over fusedopt's, or the time itself where fusedopt has none."""
+    timing = row.find(peer)
+    if timing is None:
+        return ""
+    text = f"{timing.milliseconds:.2f} ms" if timing.ratio is None else f"{timing.ratio:.2f}x"
+    return f"{text} (wrong)" if timing.wrong else text
+
+
+def select(report: Report, mode: str, dtype: str = "float32", one: bool = False) -> list[RowResult]:
+    """Return the rows of one variant; `one` for those on a single thread."""
+    most = max(row.threads for row in report.rows)
+    threads = 1 if one else most
+    return [r for r in report.rows if (r.mode, r.dtype, r.threads) == (mode, dtype, threads)]
+
+
+# ---- the blocks of the page ----------------------------------------------------------------------
+
+
+def machine(report: Report) -> str:
+    """What was measured, and where."""
+    limits = [row.limit_gigabytes_per_second for row in report.rows if row.bytes > 1e9]
+    facts = dict(report.machine)
+    if limits:
+        low, high = min(limits), max(limits)
+        facts["memory"] = f"{low:.0f} to {high:.0f} GB/s in rows that move more than 1 GB a step"
+        if high > BUSY * low:
+            facts["memory"] += "; the machine was busy, so that only ratios say something"
+    return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+
+
+def peers(report: Report) -> str:
+    """Who was missing, failed, or computed something else."""
+    lines = [f"- {name} was missing: {reason}" for name, reason in report.missing.items()]
+    for kind in ("failed", "wrong"):
+        seen: dict[tuple[str, str], list[RowResult]] = {}
+        for row in report.rows:
+            for timing in row.timings:
+                if reason := getattr(timing, kind):
+                    seen.setdefault((timing.name, reason), []).append(row)
+        verb = "failed" if kind == "failed" else "has wrong numbers"
+        for (name, reason), rows in seen.items():
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            lines.append(f"- {name} {verb} in {rows[0].row}{more}: {reason}")
+    return "\n".join(lines) or "All took part, and all numbers were right."
+
+
+def float32(report: Report) -> str:
+    """The step alone."""
+    return step_table(select(report, "plain"))
+
+
+def clip(report: Report) -> str:
+    """The step with clipping."""
+    return step_table(select(report, "clip"))
+
+
+def scaler(report: Report) -> str:
+    """The step with a GradScaler and clipping."""
+    return step_table(select(report, "scaler"))
+
+
+def bfloat16(report: Report) -> str:
+    """The step in half the bytes."""
+    return step_table(select(report, "plain", "bfloat16") + select(report, "clip", "bfloat16"))
+
+
+def one_thread(report: Report) -> str:
+    """The step on one thread."""
+    return step_table(select(report, "plain", one=True))
+
+
+def first_step(report: Report) -> str:
+    """Where the first step takes longest: how long that is for everyone."""
+    row = max(report.rows, key=lambda row: max(t.first_step_seconds for t in row.timings))
+    lines = []
+    for t in row.timings:
+        if not t.failed:
+            compiling = "" if t.compile_seconds is None else f"{t.compile_seconds:.1f} s"
+            lines.append([t.name, f"{t.first_step_seconds:.2f} s", compiling])
+    return f"{row.row}:\n\n" + table(["", "to the end of the first step", "compiling"], lines)
+
+
+def overhead(report: Report) -> str:
+    """Microseconds a tensor."""
+    lines = []
+    for each in report.overheads:
+        for name, total in each.totals.items():
+            parts = [each.gather, each.kernel, each.rest] if name == OURS else []
+            cells = [f"{part:.2f}" for part in parts] or ["", "", ""]
+            lines.append([f"{each.optimizer}, {name}", f"{total:.2f}", *cells])
+    return table(["microseconds a tensor", "in all", "gather", "kernel", "the rest"], lines)
+
+
+def training(report: Report) -> str:
+    """The update in real training."""
+    lines = []
+    for t in report.trainings:
+        name = f"{t.model}, {t.optimizer}{', clip' * (t.mode == 'clip')}: {t.contestant}"
+        if t.failed:
+            lines.append([name, "failed", "", ""])
+        else:
+            times = f"{t.iteration_milliseconds:.1f} ms", f"{t.update_milliseconds:.2f} ms"
+            lines.append([name, *times, f"{t.share:.1%}"])
+    return table(["", "iteration", "clip and step", "share"], lines)
+
+
+def scaling(report: Report) -> str:
+    """The time over the parameters."""
+    lines = []
+    for row in report.scaling:
+        if ours := row.find(OURS):
+            each = ours.milliseconds * 1e6 / row.parameters
+            peer = best_peer(row)
+            times = f"{ours.milliseconds:.3f} ms", f"{each:.3f} ns", f"{ours.share_of_limit:.0%}"
+            lines.append(
+                [f"{row.parameters / 1e6:g}M", *times, ratio(row, peer.name if peer else "")]
+            )
+    return table(["parameters", "AdamW", "each", "of limit", "torch fused"], lines)
+
+
+BLOCKS: list[Callable[[Report], str]] = [
+    *(machine, peers, float32, clip, scaler, bfloat16, one_thread),
+    *(first_step, overhead, training, scaling),
+]
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def page(text: str, report: Report) -> str:
+    """Return the page with the figures of a report."""
+    blocks = {block.__name__: block for block in BLOCKS}
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- figures: {name} -->\n{blocks[name](report)}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def draw(report: Report) -> None:
+    """Draw the pictures of the page."""
+    chosen = [
+        row
+        for row in select(report, "plain") + select(report, "clip")
+        if row.model == "GPT-2 124M" or (row.optimizer == "AdamW" and row.mode == "plain")
+    ]
+    draw_rows(chosen, DOCS / "performance.png", report.machine)
+    if report.scaling:
+        draw_scaling(report.scaling, DOCS / "performance_scaling.png", report.machine)
+
+
+def main() -> None:
+    """Write, or check."""
+    report = read(DOCS / "performance.json")
+    path = DOCS / "performance.md"
+    old = path.read_text()
+    new = page(old, report)
+    if sys.argv[1:] == ["--check"]:
+        if new != old:
+            sys.exit(f"{path} is not what tools/performance_page.py makes: run it")
+        return
+    path.write_text(new)
+    draw(report)
+
+
+if __name__ == "__main__":
+    main()
