@@ -53,38 +53,56 @@ bool TensorReader::is_plain(PyObject* object) const {
   return type == tensor_.ptr() || type == parameter_.ptr();
 }
 
+// The names that are asked of every DTensor of a step: Python finds interned ones several times
+// faster. The private ones are slots, where DTensor's public ones run Python code.
+struct Names {
+  PyObject* const grad = PyUnicode_InternFromString("grad");
+  PyObject* const spec = PyUnicode_InternFromString("_spec");
+  PyObject* const placements = PyUnicode_InternFromString("placements");
+  PyObject* const local_tensor = PyUnicode_InternFromString("_local_tensor");
+};
+
+static const Names& names() {
+  static const Names names;
+  return names;
+}
+
+// object.name, or null if there is none.
+static py::object attribute(PyObject* object, PyObject* name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!value) PyErr_Clear();
+  return value;
+}
+
 py::object TensorReader::grad(PyObject* param) const {
   if (is_plain(param)) {  // asking the descriptor itself spares a search of the type's bases
     PyObject* grad = Py_TYPE(grad_.ptr())->tp_descr_get(grad_.ptr(), param, nullptr);
     if (!grad) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(grad);
   }
-  const py::handle self = param;
-  const py::object grad = self.attr("grad");
-  if (!py::hasattr(self, "placements") || !py::hasattr(grad, "placements") ||
-      grad.attr("placements").equal(self.attr("placements"))) {
-    return grad;
-  }
-  return grad.attr("redistribute")(py::arg("placements") = self.attr("placements"));
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, names().grad));
+  if (!grad) throw py::error_already_set();
+  const py::object spec = attribute(param, names().spec);
+  const py::object grad_spec = spec ? attribute(grad.ptr(), names().spec) : py::object();
+  if (!grad_spec || grad_spec.is(spec)) return grad;
+  const py::object placements = attribute(spec.ptr(), names().placements);
+  const py::object grad_placements = attribute(grad_spec.ptr(), names().placements);
+  if (!placements || !grad_placements || grad_placements.equal(placements)) return grad;
+  return grad.attr("redistribute")(py::arg("placements") = placements);
 }
 
-py::object TensorReader::local_part(PyObject* object) const {
-  static PyObject* const local_tensor = PyUnicode_InternFromString("_local_tensor");
-  auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, local_tensor));
-  if (!local) PyErr_Clear();
-  return local;
+PyObject* TensorReader::local_part(PyObject* object, Held* held) const {
+  if (is_plain(object)) return object;
+  if (!PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) {
+    return nullptr;
+  }
+  const py::object local = attribute(object, names().local_tensor);
+  if (!local) return object;
+  held->push_back(local);
+  return local_part(local.ptr(), held);
 }
 
 bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
-  if (!is_plain(object)) {
-    if (!PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) {
-      return false;
-    }
-    if (py::object local = local_part(object)) {
-      held->push_back(local);
-      return read_dltensor(local.ptr(), tensor, held);
-    }
-  }
   if (!from_py_object_) return read_attributes(object, tensor, held);
   if (from_py_object_(object, tensor) == 0) return true;
   PyErr_Clear();
@@ -141,7 +159,8 @@ static bool has_memory(const DLTensor& tensor, int64_t numel) {
 
 bool TensorReader::read(PyObject* object, View* view, Held* held) const {
   DLTensor tensor;
-  if (!read_dltensor(object, &tensor, held)) return false;
+  PyObject* const local = local_part(object, held);
+  if (!local || !read_dltensor(local, &tensor, held)) return false;
   if (!on_cpu(tensor) || tensor.type_lanes != 1) return false;
   const int bits = tensor.type_bits;
   if (tensor.type_code == kDLFloat && (bits == 16 || bits == 32 || bits == 64)) {
@@ -161,13 +180,14 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
     view->contiguous = view->contiguous && tensor.strides[d] == view->numel;
     view->numel *= tensor.shape[d];
   }
-  view->is_local_part = !is_plain(object) && local_part(object);
+  view->is_local_part = local != object;
   return has_memory(tensor, view->numel);
 }
 
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
   DLTensor tensor;
-  if (!read_dltensor(object, &tensor, held) || !on_cpu(tensor)) return false;
+  PyObject* const local = local_part(object, held);
+  if (!local || !read_dltensor(local, &tensor, held) || !on_cpu(tensor)) return false;
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] != 1) return false;
   }

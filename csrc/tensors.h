@@ -54,7 +54,8 @@ class TensorReader {
 
  private:
   bool is_plain(PyObject* object) const;
-  py::object local_part(PyObject* object) const;  // of a DTensor; null for any other tensor
+  // What this process has of a DTensor, or any other tensor itself; null for what is no tensor.
+  PyObject* local_part(PyObject* object, Held* held) const;
   bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
 

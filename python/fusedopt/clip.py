@@ -67,6 +67,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float:
     return math.sqrt(total) if norm_type == 2 else total
 
 
+@torch.no_grad()
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float:
     """Return what the norm adds up over tensors that the engine alone cannot treat."""
     shared: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
@@ -89,6 +90,8 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float:
 
 
 def _without_partial_sums(tensor: Any) -> Any:
+    if not any(where.is_partial() for where in tensor.placements):
+        return tensor  # which redistribute takes its time to find out
     from torch.distributed.tensor import Replicate  # noqa: PLC0415  (slow, and seldom needed)
 
     whole = [Replicate() if where.is_partial() else where for where in tensor.placements]
