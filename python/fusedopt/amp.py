@@ -26,8 +26,7 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer, unless its gradients are infinite or NaN; see `GradScaler`."""
         fused = _fused(optimizer)
-        state = self._per_optimizer_states[id(optimizer)]
-        if not self._enabled or fused is None or state["stage"] is not OptState.READY:
+        if not self._enabled or fused is None or not self._is_ready(optimizer):
             return super().step(optimizer, *args, **kwargs)
         fused._scaler_asks = True
         try:
@@ -36,6 +35,10 @@ class GradScaler(torch.amp.GradScaler):
             fused._scaler_asks = False
         self._record(optimizer, float(fused._skipped))
         return result
+
+    def _is_ready(self, optimizer: Optimizer) -> bool:
+        """Return whether nothing was done to this optimizer's gradients since the last update."""
+        return self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> Any:
         """Let torch go on without a pass of its own where the optimizer will do it."""
