@@ -9,7 +9,8 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
 CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
 
-.PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines clean
+.PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
+.PHONY: test-ecosystem clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +65,10 @@ wheel: .venv/dependencies
 ## make test-machines  the kernels on processors that this machine is not, under emulation
 test-machines: .venv/dependencies
 	tests/machines/run
+
+## make test-ecosystem FSDP2, DDP, checkpoints, compile, schedulers: two minutes of processes
+test-ecosystem: .venv/installed
+	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
 ## make clean          remove all that was made here
 clean:

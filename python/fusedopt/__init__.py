@@ -14,6 +14,8 @@ from fusedopt.clip import get_total_norm as get_total_norm
 from fusedopt.lion import Lion as Lion
 from fusedopt.lookahead import Lookahead as Lookahead
 from fusedopt.radam import RAdam as RAdam
+from fusedopt.release import GradientRelease as GradientRelease
+from fusedopt.release import release_gradients as release_gradients
 from fusedopt.rmsprop import RMSprop as RMSprop
 from fusedopt.sgd import SGD as SGD
 

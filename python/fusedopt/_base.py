@@ -106,6 +106,7 @@ class Fused(Optimizer):
     _skipped: bool = False  # whether the last step was
     _lookahead: Lookahead | None = None  # during a step that one makes
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
+    _released: bool = False  # by release_gradients
 
     def __init__(
         self,
@@ -172,15 +173,7 @@ class Fused(Optimizer):
         if _engine.number(getattr(self, "found_inf", None) or 0.0) != 0:
             norm, skipped = self._norm_of_gradients(scaling), True
         else:
-            groups = [self._engine_group(group) for group in self.param_groups]
-            norm, skipped = _engine.engine.step(
-                self.state,
-                groups,
-                torch.get_num_threads(),
-                scaling,
-                self._fall_back,
-                lambda gradients: clip.power_sum(gradients, 2),
-            )
+            norm, skipped = self._update(self.param_groups, scaling)
         asked = scaling.max_norm is not None or self.skip_nonfinite
         self._norm = norm if asked else self._next_norm
         self._forget_clipping()
@@ -188,15 +181,38 @@ class Fused(Optimizer):
         self.skipped_steps += skipped
         return loss
 
+    def _update(self, groups: list[dict[str, Any]], scaling: Scaling) -> tuple[float, bool]:
+        """Step what has a gradient in these groups; return its norm, and whether that skipped."""
+        return _engine.engine.step(
+            self.state,
+            [self._engine_group(group) for group in groups],
+            torch.get_num_threads(),
+            scaling,
+            lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
+            lambda gradients: clip.power_sum(gradients, 2),
+        )
+
     def _scaling(self) -> Scaling:
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         norm = self.max_grad_norm
-        return Scaling(
+        scaling = Scaling(
             unscale=1.0 if scale is None else 1.0 / _engine.number(scale),
             coefficient=self._coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
         )
+        if scaling != Scaling():
+            self._refuse_if_released()
+        return scaling
+
+    def _refuse_if_released(self) -> None:
+        """Raise an error if gradients are gone before what was asked of them can be known."""
+        if self._released:
+            raise RuntimeError(
+                "release_gradients frees each gradient before those of other parameters exist, but "
+                "max_grad_norm, skip_nonfinite, clip_grad_norm_ and gradient scalers need all at "
+                "once; do without them, or remove() the release and let step() clip"
+            )
 
     def _patch_step_function(self) -> None:
         """Hook `step` as torch does, and hide it from dynamo hooks and all: they make it warn."""
@@ -239,8 +255,10 @@ class Fused(Optimizer):
 
         Raises:
             ValueError: max_norm is negative or NaN.
-            RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+            RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``; or gradients are
+                freed during backward (`release_gradients`).
         """
+        self._refuse_if_released()
         max_norm = clip.valid_max_norm(max_norm)
         norm_type = float(norm_type)
         norm = clip.total_norm(self._gradients(), norm_type) * abs(self._coefficient)
@@ -263,7 +281,9 @@ class Fused(Optimizer):
 
         Raises:
             ValueError: max_norm is negative or NaN.
+            RuntimeError: gradients are freed during backward (`release_gradients`).
         """
+        self._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
         norm = _engine.number(whole() if whole else total_norm)
         self._coefficient *= _core.clip_coefficient(norm, clip.valid_max_norm(max_norm))
@@ -360,7 +380,12 @@ class Fused(Optimizer):
 
     # ---- parameters without a kernel ---------------------------------------------------------
 
-    def _fall_back(self, unsupported: list[tuple[int, Tensor]], factor: float) -> None:
+    def _fall_back(
+        self,
+        all_groups: list[dict[str, Any]],
+        unsupported: list[tuple[int, Tensor]],
+        factor: float,
+    ) -> None:
         """Step (group index, parameter) pairs with torch's own implementation.
 
         Their gradients count times factor.
@@ -368,9 +393,9 @@ class Fused(Optimizer):
         by_group: dict[int, list[Tensor]] = {}
         # Sparse gradients first: a torch class that refuses them then does so before any update.
         for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
-            self._warn_of_fallback(_cause(self.param_groups[index], p))
+            self._warn_of_fallback(_cause(all_groups[index], p))
             by_group.setdefault(index, []).append(p)
-        groups = [{**self.param_groups[i], "params": params} for i, params in by_group.items()]
+        groups = [{**all_groups[i], "params": params} for i, params in by_group.items()]
         params = [p for _, p in unsupported]
         followed = self._lookahead.following(params) if self._lookahead else nullcontext()
         with _scaled_gradients(params, factor), followed:

@@ -1,0 +1,116 @@
+"""Stepping each parameter during the backward pass, so that no gradient need be kept."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from fusedopt._base import Fused
+from fusedopt.lookahead import Lookahead
+
+
+class GradientRelease:
+    """What `release_gradients` returns; `remove`, or the end of a with block, undoes it."""
+
+    def __init__(self, optimizer: Fused, lookahead: Lookahead | None) -> None:
+        self._optimizer = optimizer
+        self._lookahead = lookahead
+        self._handles: list[Any] = []
+
+    def remove(self) -> None:
+        """Let gradients stay until `step` again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizer._released = False
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _add(self, p: Tensor, group_index: int, name: str | None) -> None:
+        def step_and_free(p: Tensor) -> None:
+            optimizer = self._optimizer
+            scaling = optimizer._scaling()
+            # By its index: loading a checkpoint replaces the groups.
+            group = {**optimizer.param_groups[group_index], "params": [p]}
+            if name is not None:
+                group["param_names"] = [name]
+            around = optimizer._lookahead  # a step with a closure may be under way
+            optimizer._lookahead = self._lookahead
+            try:
+                optimizer._update([group], scaling)
+            finally:
+                optimizer._lookahead = around
+            p.grad = None
+
+        hook = p.register_post_accumulate_grad_hook(step_and_free)  # type: ignore[no-untyped-call]
+        self._handles.append(hook)
+
+
+def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientRelease:
+    r"""Step each parameter as soon as its gradient is complete, and free the gradient.
+
+    The backward pass then never holds the gradients of the whole model, only those that it is
+    about to use. The numbers have the bits of the plain run: an update needs no other parameter.
+
+    The rest of the training loop may stay as it is. ``optimizer.step()`` finds no gradients, or
+    those of parameters that are not the model's; schedulers and hooks of `step` count it, and a
+    `Lookahead` needs it to count its k. A closure passed to `step` works: its backward pass makes
+    the update. Hyper-parameters are read when a parameter is stepped, so each backward pass is one
+    step, and gradients cannot be accumulated over several.
+
+    Args:
+        model: its parameters are stepped, as far as the optimizer has them and they require a
+            gradient now. Those of `fully_shard` are stepped after their gradient is reduced.
+        optimizer: a fused optimizer, or a `Lookahead` around one.
+
+    Returns:
+        A handle to undo it.
+
+    Raises:
+        RuntimeError: max_grad_norm, skip_nonfinite or clip_grad_norm_ ask for the norm of all
+            gradients, here or later; or the optimizer's gradients are released already.
+        TypeError: optimizer is not one of fusedopt's, or the model is a DistributedDataParallel,
+            which reduces gradients only after they have been accumulated.
+    """
+    lookahead = optimizer if isinstance(optimizer, Lookahead) else None
+    fused = lookahead.optimizer if lookahead else optimizer
+    if not isinstance(fused, Fused):
+        raise TypeError(
+            f"release_gradients steps optimizers of fusedopt, got {type(fused).__name__}; use the "
+            "fusedopt class of that name"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "release_gradients would step before DistributedDataParallel has averaged the "
+            "gradients, and its replicas would drift apart; use fully_shard instead"
+        )
+    if fused._released:
+        raise RuntimeError("the gradients of this optimizer are released already")
+    release = GradientRelease(fused, lookahead)
+    fused._released = True
+    try:
+        fused._scaling()
+    except (RuntimeError, ValueError):
+        release.remove()
+        raise
+    of_model = set(model.parameters())
+    for index, group in enumerate(fused.param_groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for p, name in zip(group["params"], names, strict=True):
+            if p in of_model and p.requires_grad:
+                release._add(p, index, name)
+    return release
