@@ -1,6 +1,6 @@
 """Time of one step on DTensor parameters, as FSDP2 leaves them, against torch's own.
 
-python -m benchmarks.fsdp_step [--params N] [--numel N] [--repeats N]
+python -m tools.fsdp_step [--params N] [--numel N] [--repeats N]
 """
 
 from __future__ import annotations
