@@ -250,13 +250,13 @@ namespace {
 // The work of a step in shares, one a thread.
 class Shares {
  public:
-  Shares(const std::vector<Job>& jobs, int threads, bool backwards)
+  Shares(const std::vector<Job>& jobs, int threads, bool writes, bool backwards = false)
       : threads_(threads), backwards_(backwards) {
 #if !defined(_OPENMP)
     threads_ = 1;
 #endif
     if (forked) threads_ = 1;
-    if ((threads_ > 1 || backwards_) && any_overlap(jobs)) {
+    if (writes && (threads_ > 1 || backwards_) && any_overlap(jobs)) {
       threads_ = 1;
       backwards_ = false;
     }
@@ -301,7 +301,7 @@ class Shares {
 }  // namespace
 
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
-  const Shares shares(jobs, threads, false);
+  const Shares shares(jobs, threads, /*writes=*/false);
   std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
   in_parallel(shares.threads(), [&](int thread, int count) {
     shares.norms(thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
@@ -310,7 +310,7 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
 }
 
 void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
-  const Shares shares(jobs, threads, false);
+  const Shares shares(jobs, threads, /*writes=*/true);
   in_parallel(shares.threads(),
               [&](int thread, int count) { shares.updates(thread, count, factor); });
 }
@@ -323,7 +323,7 @@ Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
     return {0, factor, false};
   }
   // Backwards, the updates begin with the gradients that the norm has just read.
-  const Shares shares(jobs, threads, /*backwards=*/is_large(jobs));
+  const Shares shares(jobs, threads, /*writes=*/true, /*backwards=*/is_large(jobs));
   std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
   Verdict verdict{};
   in_parallel(shares.threads(), [&](int thread, int count) {

@@ -112,6 +112,11 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
     throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
                           shape_text(p) + "; call zero_grad() and compute it again");
   }
+  if (overlap_out_of_step(p, g)) {  // a copy, or some of it would change before it is read
+    held_.push_back(py::handle(entry.grad).attr("clone")());
+    entry.grad = held_.back().ptr();
+    reader_.read(entry.grad, &g, &held_);
+  }
   if (overlaps_itself(p)) {
     throw py::value_error(name(entry, "") +
                           " is a view in which elements share memory; expected every element in a "
@@ -177,7 +182,8 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   const Group& group = *entry.group;
   if (group.states.empty() && !group.counts_steps) return true;
   entry.state = find(state_.ptr(), entry.param, &state_cursor_, &in_order_);
-  if (!entry.state) return false;
+  entry.is_new = !entry.state;
+  if (entry.is_new) return false;
   if (!PyDict_Check(entry.state)) {
     throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
                          ", expected a dict; delete opt.state[p] to start anew");
@@ -191,6 +197,7 @@ bool StepPlan::read_states(Entry& entry, View* views) {
     PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor, &any_order);
     if (!tensor || tensor == Py_None) {
       complete = false;
+      entry.is_new = entry.is_new || s < group.rule_states();
       continue;
     }
     if (s == group.rule_states() && group.alpha == 0) continue;  // slow weights, at rest
@@ -255,10 +262,7 @@ const Folded* StepPlan::fold(const Entry& entry) {
 void StepPlan::fold_scalars() {
   // A rule that keeps no count only tells a parameter's first step from the others.
   for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps) entry.t = 2;
-  }
-  for (const size_t i : incomplete_) {
-    if (!entries_[i].group->counts_steps) entries_[i].t = 1;
+    if (!entry.group->counts_steps) entry.t = entry.is_new ? 1 : 2;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];

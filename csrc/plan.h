@@ -45,6 +45,7 @@ struct Entry {
   TensorReader::Count count = {};  // its memory; null where it is a plain number
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
+  bool is_new = false;             // lacks a state of its rule
 };
 
 class StepPlan {

@@ -262,6 +262,19 @@ bool strided_overlaps_itself(const View& view) {
   return twice;
 }
 
+// One past the last byte.
+static const char* end_of(const View& view) {
+  int64_t last = 0;
+  for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
+  return view.data + (last + 1) * kItemSize[static_cast<int>(view.dtype)];
+}
+
+bool overlap_out_of_step(const View& a, const View& b) {
+  if (a.numel == 0 || a.data >= end_of(b) || b.data >= end_of(a)) return false;
+  return a.data != b.data || a.dtype != b.dtype ||
+         !std::equal(a.strides, a.strides + a.ndim, b.strides);
+}
+
 Layout common_layout(const View* views, int count) {
   if (views[0].numel == 0) return {};
   // The first view's own order in memory, so that its elements are visited consecutively.

@@ -78,6 +78,9 @@ inline bool overlaps_itself(const View& view) {
   return !view.contiguous && strided_overlaps_itself(view);
 }
 
+// Whether two views of one shape share memory otherwise than element by element.
+bool overlap_out_of_step(const View& a, const View& b);
+
 // How to walk streams of one shape together; empty if each is one array in the same order.
 Layout common_layout(const View* views, int count);
 

@@ -183,7 +183,7 @@ def test_a_skip_by_the_scaler_tells_the_norm() -> None:
     scaler.step(optimizer)
     assert optimizer.grad_norm is not None
     assert not optimizer.grad_norm.isfinite()
-    assert optimizer._coefficient == 1  # it has served its step
+    assert optimizer._pending.mark is None  # it has served its step
 
 
 def test_amp_scaling_is_off_unless_asked_for() -> None:
@@ -240,9 +240,35 @@ def test_an_error_in_the_step_is_not_a_step() -> None:
     with pytest.raises(ValueError, match="has shape"):
         scaler.step(optimizer)
     p.data = kept
+    before = p.detach().clone()
     assert not optimizer._step_supports_amp_scaling
     scaler.step(optimizer)
     scaler.update()
+    assert_within(p.detach(), before - 0.1 * 2 * before)
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt")
+@each_scaler
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW"])
+def test_parameters_without_a_kernel(name: str, make_scaler: Scaler) -> None:
+    """Torch's own step refuses a scale where it has no fused kernel: it must not see it."""
+
+    def trained(module: Any, **kwargs: Any) -> Optimizer:
+        params = parameters([(4,), (3,)])
+        x = params[0].detach()
+        params[0].data = torch.complex(x, -x).conj().imag  # which torch has yet to negate
+        optimizer: Optimizer = getattr(module, name)(params, lr=0.1, **kwargs)
+        scaler = make_scaler("cpu", init_scale=4.0)
+        for factor in (1.0, math.inf, 2.0):
+            optimizer.zero_grad()
+            torch.autograd.backward(scaler.scale(squares(params, factor)))
+            scaler.step(optimizer)
+            scaler.update()
+        return optimizer
+
+    for amp_scaling in (False, True):
+        actual = trained(fusedopt, amp_scaling=amp_scaling)
+        assert_same_state(actual, trained(torch.optim), assert_within)
 
 
 def test_disabled_and_with_other_optimizers_it_is_torchs() -> None:

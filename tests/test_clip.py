@@ -284,6 +284,43 @@ def test_two_optimizers_share_a_norm() -> None:
         assert_within(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("scaler_of", [torch.amp, fusedopt], ids=["torch", "fusedopt"])
+def test_a_factor_of_gradients_that_are_gone_serves_no_step(
+    scaler_of: Any, bad: float, set_to_none: bool
+) -> None:
+    """A scaler that skips does not call step(), and the model's zero_grad() tells nobody."""
+
+    def trained(module: Any, clip: Clip) -> Tensor:
+        model = torch.nn.Linear(3, 1, bias=False).double()
+        torch.nn.init.constant_(model.weight, 0.5)
+        optimizer = module.SGD(model.parameters(), lr=0.1)
+        scaler = scaler_of.GradScaler("cpu", init_scale=4.0)
+        for factor in (1.0, bad, 2.0, 3.0):
+            loss = model(torch.full((2, 3), 1.0, dtype=torch.float64)).square().sum() * factor
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.unscale_(optimizer)
+            clip(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad(set_to_none)
+        return model.weight.detach()
+
+    expected = trained(torch.optim, lambda opt: clip_grad_norm_(all_params(opt), 0.5))
+    assert_within(trained(fusedopt, lambda opt: opt.clip_grad_norm_(0.5)), expected)
+
+
+def test_a_first_group_without_parameters() -> None:
+    (p,) = parameters([(5,)])
+    set_gradients([p], 0)
+    optimizer = fusedopt.SGD([{"params": []}, {"params": [p]}], lr=0.1, max_grad_norm=0.5)
+    norm = optimizer.clip_grad_norm_(0.5)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert_same_bits(optimizer.grad_norm, norm)
+
+
 # ---- skipping ------------------------------------------------------------------------------------
 
 
@@ -316,6 +353,22 @@ def test_skip_nonfinite_changes_nothing(
     assert versions[0] == versions[1]
     assert versions[2] == versions[3]
     assert_same_state(optimizer, clean, assert_same_bits)
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_skip_nonfinite_heeds_a_norm_from_elsewhere(norm: float) -> None:
+    """As where another rank has the bad gradient: all ranks must skip."""
+    (p,) = parameters([(4,)])
+    before = p.detach().clone()
+    optimizer = fusedopt.AdamW([p], skip_nonfinite=True)
+    set_gradients([p], 0)
+    optimizer.clip_grads_with_norm_(1.0, norm)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not optimizer.state
+    assert_same_bits(p.detach(), before)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
 
 
 def test_a_plain_step_count_waits_too() -> None:
@@ -445,13 +498,14 @@ def test_a_skipped_step_skips_the_fallback() -> None:
         assert_same_bits(p.detach(), q)
 
 
-@pytest.mark.filterwarnings("ignore:fusedopt.SGD has no kernel")
-def test_an_error_in_the_fallback_leaves_the_gradients() -> None:
+def test_an_error_in_the_fallback_leaves_gradients_and_factor() -> None:
     params = mixed(dense=False)
-    params[0].grad = params[0].grad
-    optimizer = fusedopt.Adam(params, max_grad_norm=0.1)
+    optimizer = fusedopt.Adam(params)
+    optimizer.clip_grad_norm_(0.1)
+    pending = optimizer._pending
+    assert pending.coefficient < 1
     kept = [p.grad for p in params]
     with pytest.raises(RuntimeError, match="sparse"), pytest.warns(UserWarning, match="fusedopt"):
         optimizer.step()
     assert all(p.grad is g for p, g in zip(params, kept, strict=True))
-    assert optimizer._coefficient == 1
+    assert optimizer._pending == pending

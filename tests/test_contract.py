@@ -929,6 +929,18 @@ def test_a_parameter_that_torch_negates_lazily_falls_back(config: Config) -> Non
 
 
 @each_optimizer
+def test_a_gradient_that_is_its_parameter_in_another_order(config: Config) -> None:
+    """Read before any of it is written."""
+    x = values((300, 300), 0)
+    p, expected_p = Parameter(x.clone()), Parameter(x.clone())
+    p.grad, expected_p.grad = p.data.t(), x.t().clone()
+    optimizer, expected = (config.cls([q], **config.kwargs) for q in (p, expected_p))
+    optimizer.step()
+    expected.step()
+    assert_same_state(optimizer, expected, assert_same_bits)
+
+
+@each_optimizer
 def test_a_gradient_that_is_another_parameter(config: Config, two_threads: None) -> None:
     """Updated one after the other, the second with what the first has become."""
 

@@ -175,16 +175,46 @@ def test_copies_go_on_like_the_original(module: Any, copied: Callable[[Any], Any
     assert_same_state(other, optimizer, assert_same_bits)
 
 
-def test_a_checkpoint_of_the_wrapped_class_loads() -> None:
-    params = parameters()
-    plain = torch.optim.AdamW(params)
-    train(plain, params, 2)
-    optimizer = lookahead(fusedopt.AdamW, params)
-    optimizer.load_state_dict(plain.state_dict())
-    before = [p.detach().clone() for p in params]
-    train(optimizer, params, range(2, 3))
-    for p, start in zip(params, before, strict=True):
+@pytest.mark.parametrize("through", ["checkpoint", "wrapped in mid-run"])
+@each_torch_optimizer
+def test_a_run_that_began_without_goes_on(config: Config, through: str) -> None:
+    """Only the slow weights are new: momentum and counts are not."""
+    params, expected_params = parameters(), parameters()
+    expected = config.cls(expected_params, **config.kwargs)
+    train(expected, expected_params, 5)
+    plain = config.cls(params, **config.kwargs)
+    train(plain, params, 3)
+    middle = [p.detach().clone() for p in params]
+    optimizer = fusedopt.Lookahead(plain, k=100)
+    if through == "checkpoint":
+        optimizer = fusedopt.Lookahead(config.cls(params, **config.kwargs), k=100)
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    train(optimizer, params, range(3, 5))
+    for p, q, start in zip(params, expected_params, middle, strict=True):
+        assert_same_bits(p.detach(), q.detach())
         assert_same_bits(optimizer.state[p]["slow"], start)
+
+
+def test_hooks_of_checkpoints_fire() -> None:
+    params = parameters()
+    optimizer = lookahead(fusedopt.SGD, params, lr=0.1)
+    fired: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: fired.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda *_: fired.append("post"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: fired.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda _: fired.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert fired == ["pre", "post", "load pre", "load post"]
+
+
+def test_the_wrapped_optimizer_may_load_and_grow_by_itself() -> None:
+    first, second = parameters([(3,), (4,)])
+    optimizer = lookahead(fusedopt.SGD, [first], lr=0.1)
+    plain = fusedopt.SGD([first], lr=0.1)
+    optimizer.optimizer.load_state_dict(plain.state_dict())
+    optimizer.optimizer.add_param_group({"params": [second]})
+    train(optimizer, [first, second], K)
+    assert_same_bits(second.detach(), optimizer.state[second]["slow"])
 
 
 @pytest.mark.parametrize("module", [fusedopt, torch.optim], ids=["fusedopt", "torch"])
@@ -309,10 +339,12 @@ def test_groups_that_are_added() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"k": 0}, ValueError, "Invalid k value: 0, expected 1 or more"),
-        ({"alpha": -0.1}, ValueError, "Invalid alpha value: -0.1, expected one in [0, 1]"),
-        ({"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5, expected one in [0, 1]"),
-        ({"alpha": math.nan}, ValueError, "Invalid alpha value: nan, expected one in [0, 1]"),
+        ({"k": 0}, ValueError, "Invalid k value: 0, expected an integer, 1 or more"),
+        ({"k": 2.5}, ValueError, "Invalid k value: 2.5, expected an integer, 1 or more"),
+        ({"alpha": 0.0}, ValueError, "Invalid alpha value: 0.0, expected one in (0, 1]"),
+        ({"alpha": -0.1}, ValueError, "Invalid alpha value: -0.1, expected one in (0, 1]"),
+        ({"alpha": 1.5}, ValueError, "Invalid alpha value: 1.5, expected one in (0, 1]"),
+        ({"alpha": math.nan}, ValueError, "Invalid alpha value: nan, expected one in (0, 1]"),
     ],
 )
 def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> None:
@@ -339,3 +371,18 @@ def test_slow_weights_that_do_not_fit_are_an_error_that_changes_nothing() -> Non
     for p, q in zip(params, before, strict=True):
         assert_same_bits(p.detach(), q)
     assert optimizer.param_groups[0]["lookahead_step"] == K - 1
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt")
+def test_slow_weights_that_do_not_fit_change_nothing_in_the_fallback_either() -> None:
+    z, p = parameters([(4, 2), (3,)])
+    z.data = torch.view_as_complex(z.data)
+    optimizer = lookahead(fusedopt.SGD, [z, p], lr=0.1)
+    z.grad, p.grad = torch.ones_like(z), torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[z]["slow"] = torch.ones(5)
+    before = [z.detach().clone(), p.detach().clone()]
+    with pytest.raises(ValueError, match=r"slow of a parameter has shape \(5,\), expected \(4,\)"):
+        optimizer.step()
+    assert_same_bits(z.detach(), before[0])
+    assert_same_bits(p.detach(), before[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -64,6 +65,15 @@ class Scaling(NamedTuple):
     """Update nothing if the norm is infinite or NaN."""
 
 
+class Pending(NamedTuple):
+    """What `Fused.clip_grad_norm_` has found out for the next step."""
+
+    coefficient: float = 1.0
+    norm: float | None = None
+    mark: tuple[Tensor, Tensor, int] | None = None
+    """Whose norm it is: the smallest gradient, its parameter and its version."""
+
+
 class Options(TypedDict, total=False):
     """Keyword arguments of every fused optimizer; see `Fused`."""
 
@@ -82,7 +92,7 @@ class Fused(Optimizer):
         *args: the torch class's.
         max_grad_norm: clip the gradients of each step, all groups together, to this 2-norm:
             multiply them by ``min(1, max_grad_norm / (norm + 1e-6))`` inside the update. ``p.grad``
-            is not modified. ``inf`` computes `grad_norm` and clips nothing.
+            is not modified. ``inf`` computes `grad_norm`, and leaves finite gradients as they are.
         skip_nonfinite: a step whose gradients have an infinite or NaN norm changes nothing, and
             counts in `skipped_steps`.
         amp_scaling: let `torch.amp.GradScaler` leave the unscaling of gradients to the step.
@@ -97,12 +107,11 @@ class Fused(Optimizer):
     skip_nonfinite: bool = False
     amp_scaling: bool = False
     skipped_steps: int = 0
-    """How many steps were skipped: non-finite gradients, or a GradScaler that found some."""
+    """How many steps were skipped: for non-finite gradients (with ``skip_nonfinite``), or because a
+    GradScaler told the step to (with ``amp_scaling``, or a `fusedopt.GradScaler`)."""
 
     _norm: float | None = None  # what grad_norm returns
-    # From clip_grad_norm_, for the next step.
-    _next_norm: float | None = None
-    _coefficient: float = 1.0
+    _pending: Pending = Pending()
     _skipped: bool = False  # whether the last step was
     _lookahead: Lookahead | None = None  # during a step that one makes
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
@@ -169,14 +178,15 @@ class Fused(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaling = self._scaling()
-        if _engine.number(getattr(self, "found_inf", None) or 0.0) != 0:
-            norm, skipped = self._norm_of_gradients(scaling), True
+        pending = self._still_pending()
+        scaling = self._scaling(pending.coefficient)
+        asked = scaling.max_norm is not None or self.skip_nonfinite
+        if self._is_to_skip(pending):
+            norm, skipped = self._norm_of_gradients(scaling) if asked else math.nan, True
         else:
             norm, skipped = self._update(self.param_groups, scaling)
-        asked = scaling.max_norm is not None or self.skip_nonfinite
-        self._norm = norm if asked else self._next_norm
-        self._forget_clipping()
+        self._norm = norm if asked else pending.norm
+        self._pending = Pending()
         self._skipped = skipped
         self.skipped_steps += skipped
         return loss
@@ -192,12 +202,19 @@ class Fused(Optimizer):
             lambda gradients: clip.power_sum(gradients, 2),
         )
 
-    def _scaling(self) -> Scaling:
+    def _is_to_skip(self, pending: Pending) -> bool:
+        """Return whether it is known before the step that gradients are infinite or NaN."""
+        found_inf = getattr(self, "found_inf", None)  # what a GradScaler leaves here
+        if found_inf is not None and _engine.number(found_inf) != 0:
+            return True
+        return self.skip_nonfinite and not math.isfinite(pending.norm or 0.0)
+
+    def _scaling(self, coefficient: float = 1.0) -> Scaling:
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         norm = self.max_grad_norm
         scaling = Scaling(
             unscale=1.0 if scale is None else 1.0 / _engine.number(scale),
-            coefficient=self._coefficient,
+            coefficient=coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
         )
@@ -232,10 +249,11 @@ class Fused(Optimizer):
         A 0-dim float32 tensor on the parameters' device; None if nothing asked for the norm of the
         last step: neither ``max_grad_norm``, nor ``skip_nonfinite``, nor `clip_grad_norm_`.
         """
-        if self._norm is None:
-            return None
-        device = self.param_groups[0]["params"][0].device
-        return torch.tensor(self._norm, dtype=torch.float32, device=device)
+        return None if self._norm is None else self._as_tensor(self._norm)
+
+    def _as_tensor(self, norm: float) -> Tensor:
+        devices = (p.device for group in self.param_groups for p in group["params"])
+        return torch.tensor(norm, dtype=torch.float32, device=next(devices, None))
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -261,19 +279,19 @@ class Fused(Optimizer):
         self._refuse_if_released()
         max_norm = clip.valid_max_norm(max_norm)
         norm_type = float(norm_type)
-        norm = clip.total_norm(self._gradients(), norm_type) * abs(self._coefficient)
+        pending = self._still_pending(unchanged=True)
+        norm = clip.total_norm(self._gradients(), norm_type) * pending.coefficient
         if error_if_nonfinite:
             clip.check_finite(norm, norm_type)
-        self._norm = self._next_norm = norm
-        self._coefficient *= _core.clip_coefficient(norm, max_norm)
-        assert self.grad_norm is not None
-        return self.grad_norm
+        self._clip_by(max_norm, norm, pending)
+        return self._as_tensor(norm)
 
     def clip_grads_with_norm_(self, max_norm: float, total_norm: float | Tensor) -> None:
         """Scale the gradients inside the next step by a norm that was computed elsewhere.
 
         For a norm over more than this optimizer's parameters: several optimizers, pipeline or
-        expert parallelism. The factor serves exactly one step; `zero_grad` drops it.
+        expert parallelism. The factor serves exactly one step; `zero_grad` drops it. With
+        ``skip_nonfinite``, an infinite or NaN norm skips that step.
 
         Args:
             max_norm: the largest norm, 0 or more.
@@ -286,16 +304,34 @@ class Fused(Optimizer):
         self._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
         norm = _engine.number(whole() if whole else total_norm)
-        self._coefficient *= _core.clip_coefficient(norm, clip.valid_max_norm(max_norm))
+        max_norm = clip.valid_max_norm(max_norm)
+        self._clip_by(max_norm, norm, self._still_pending(unchanged=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as torch does, and forget what `clip_grad_norm_` found of them."""
-        self._forget_clipping()
+        self._pending = Pending()
         super().zero_grad(set_to_none)
 
-    def _forget_clipping(self) -> None:
-        self._next_norm = None
-        self._coefficient = 1.0
+    def _clip_by(self, max_norm: float, norm: float, before: Pending) -> None:
+        coefficient = before.coefficient * _core.clip_coefficient(norm, max_norm)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        smallest = min(params, key=lambda p: p.grad.numel(), default=None)
+        mark = None
+        if smallest is not None and smallest.grad is not None:
+            mark = (smallest, smallest.grad, _version(smallest.grad))
+        self._pending = Pending(coefficient, norm, mark)
+        self._norm = norm
+
+    def _still_pending(self, unchanged: bool = False) -> Pending:
+        """Return what waits for this step: nothing once the gradients are others.
+
+        A step that a GradScaler skips does not come here, and model.zero_grad() says nothing.
+        """
+        if self._pending.mark is not None:
+            p, gradient, version = self._pending.mark
+            if p.grad is gradient and (not unchanged or _version(gradient) == version):
+                return self._pending
+        return Pending()
 
     def _gradients(self) -> list[Tensor]:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -375,7 +411,7 @@ class Fused(Optimizer):
         for name in rule.states:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if self._lookahead and SLOW not in state:
+        if self._lookahead and state.get(SLOW) is None:
             state[SLOW] = p.detach().clone(memory_format=torch.preserve_format)
 
     # ---- parameters without a kernel ---------------------------------------------------------
@@ -406,13 +442,18 @@ class Fused(Optimizer):
         for group in groups:
             self._use_dtypes_of_params(group["params"])
         step = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]
-        all_groups = self.param_groups
-        self.param_groups = [{**group, "foreach": None, "fused": None} for group in groups]
+        changed = ("param_groups", "grad_scale", "found_inf")
+        kept = {name: vars(self)[name] for name in changed if name in vars(self)}
+        # The gradients are unscaled, and the parent refuses a scale where it has no fused kernel.
+        meanwhile = [{**group, "foreach": None, "fused": None} for group in groups]
+        vars(self).update(param_groups=meanwhile, grad_scale=None, found_inf=None)
         try:
             with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
                 step(self)
         finally:
-            self.param_groups = all_groups
+            for name in changed:
+                del vars(self)[name]
+            vars(self).update(kept)
 
     def _use_dtypes_of_params(self, params: list[Tensor]) -> None:
         """Cast states to the dtype of their parameter, as torch does when it loads them."""
@@ -458,6 +499,10 @@ def _signature(cls: type[Fused]) -> inspect.Signature:
         params = [p for p in params if p.kind is not p.VAR_KEYWORD]
         params += [added[name] for name in Options.__annotations__]
     return inspect.Signature(params)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which counts changes in place
 
 
 def _is_sparse(p: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from fusedopt._base import Fused
 from fusedopt.lookahead import Lookahead
 
+_SCALED = ("grad_scale", "found_inf")  # what a scaler tells an optimizer
+
 
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` with one pass less over the gradients of fused optimizers.
@@ -28,9 +30,15 @@ class GradScaler(torch.amp.GradScaler):
         fused = _fused(optimizer)
         if not self._enabled or fused is None or not self._is_ready(optimizer):
             return super().step(optimizer, *args, **kwargs)
+        before = {name: vars(fused)[name] for name in _SCALED if name in vars(fused)}
         fused._scaler_asks = True
         try:
             result = super().step(optimizer, *args, **kwargs)
+        except BaseException:  # torch would leave them there, and multiply by them the next time
+            for name in _SCALED:
+                vars(fused).pop(name, None)
+            vars(fused).update(before)
+            raise
         finally:
             fused._scaler_asks = False
         self._record(optimizer, float(fused._skipped))

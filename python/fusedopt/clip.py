@@ -140,7 +140,7 @@ def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
     """
     value = _engine.number(max_norm)
     if not value >= 0:
-        raise ValueError(f"Invalid {name} value: {value}, expected 0 or more; inf does not clip")
+        raise ValueError(f"Invalid {name} value: {value}, expected 0 or more; inf clips nothing")
     return value
 
 

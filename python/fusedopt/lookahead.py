@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fusedopt import _engine
 from fusedopt._base import SLOW, Fused
@@ -31,14 +32,15 @@ class Lookahead(Optimizer):
     It has the wrapped optimizer's ``param_groups``, ``state`` and all other attributes, so
     schedulers, clipping and gradient scalers work through it. State: the wrapped optimizer's, and
     ``slow`` :math:`\phi`, of the parameter's shape, dtype and strides; param groups count steps
-    in ``lookahead_step``, 0 to k - 1. A step that the optimizer skips does not count.
+    in ``lookahead_step``, 0 to k - 1, so that checkpoints have the count. A step that the
+    optimizer skips does not count.
 
     Source: Zhang et al. 2019, arXiv:1907.08610.
 
     Args:
         optimizer: the optimizer that makes the steps.
         k: how many steps the fast weights are ahead.
-        alpha: how far the slow weights follow, in [0, 1].
+        alpha: how far the slow weights follow, in (0, 1].
 
     Raises:
         ValueError: k or alpha is out of its range.
@@ -48,10 +50,10 @@ class Lookahead(Optimizer):
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
             raise TypeError(f"Lookahead wraps another optimizer, got {type(optimizer).__name__}")
-        if not k >= 1:
-            raise ValueError(f"Invalid k value: {k}, expected 1 or more")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"Invalid alpha value: {alpha}, expected one in [0, 1]")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"Invalid k value: {k}, expected an integer, 1 or more")
+        if not 0.0 < alpha <= 1.0:
+            raise ValueError(f"Invalid alpha value: {alpha}, expected one in (0, 1]")
         self.optimizer = optimizer
         self.k = k
         self.alpha = alpha
@@ -96,6 +98,19 @@ class Lookahead(Optimizer):
         self.optimizer.load_state_dict(state_dict)
         self._count_from_0()
 
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """Register a hook with the wrapped optimizer, as the next three do."""
+        return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
+        return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
+        return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
+        return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
@@ -136,12 +151,12 @@ class Lookahead(Optimizer):
                 skipped = self._found_inf()
         if not skipped:
             for group in self.param_groups:
-                group["lookahead_step"] = (group["lookahead_step"] + 1) % self.k
+                group["lookahead_step"] = (group.get("lookahead_step", 0) + 1) % self.k
         return loss
 
     def alpha_now(self, group: dict[str, Any]) -> float:
         """Return how far the slow weights of a group follow in this step: 0 but in every k-th."""
-        return self.alpha if group["lookahead_step"] + 1 >= self.k else 0.0
+        return self.alpha if group.get("lookahead_step", 0) + 1 >= self.k else 0.0
 
     def _found_inf(self) -> bool:
         return _engine.number(getattr(self.optimizer, "found_inf", None) or 0.0) != 0
@@ -149,7 +164,16 @@ class Lookahead(Optimizer):
     @contextmanager
     def following(self, params: list[Tensor]) -> Iterator[None]:
         """Keep the slow weights of parameters that others step inside the with block."""
-        fresh = {p: p.detach().clone() for p in params if SLOW not in self.state.get(p, {})}
+        fresh = {}
+        for p in params:
+            slow = self.state.get(p, {}).get(SLOW)
+            if slow is None:
+                fresh[p] = p.detach().clone()
+            elif slow.shape != p.shape:
+                raise ValueError(
+                    f"{SLOW} of a parameter has shape {tuple(slow.shape)}, expected "
+                    f"{tuple(p.shape)}; load a checkpoint of this model, or delete it to start anew"
+                )
         yield
         if self._found_inf():
             return
