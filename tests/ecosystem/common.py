@@ -54,3 +54,10 @@ def backward(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     loss = loss_of(model, x)
     torch.autograd.backward(loss)
     return loss
+
+
+def train(model: nn.Module, optimizer: Any, steps: range | int) -> None:
+    for step in range(steps) if isinstance(steps, int) else steps:
+        optimizer.zero_grad()
+        backward(model, batch(step))
+        optimizer.step()

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fusedopt
-from tests.ecosystem.common import OPTIMIZERS, backward, batch, each_name, make_model
+from tests.ecosystem.common import OPTIMIZERS, backward, batch, each_name, make_model, train
 from tests.helpers import assert_same_bits, assert_same_state, bits, run_script
 
 STEPS = 5
-
-
-def train(model: nn.Module, optimizer: Any, steps: range | int) -> None:
-    for step in range(steps) if isinstance(steps, int) else steps:
-        optimizer.zero_grad()
-        backward(model, batch(step))
-        optimizer.step()
 
 
 def tied_model() -> nn.Sequential:
