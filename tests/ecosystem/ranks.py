@@ -21,17 +21,20 @@ ROOT = Path(__file__).parent.parent.parent
 SECONDS = 150  # a rank that waits for another that is gone must end
 
 
-def run_ranks(work: Callable[[], Any], world_size: int, directory: Path) -> list[Any]:
-    """Call a function of a file in this directory on every rank; return what each returned.
+def run_ranks(
+    work: Callable[[], Any], world_size: int, directory: Path, **environment: str
+) -> list[Any]:
+    """Call a function of a file beside this one on every rank; return what each returned.
 
     That may be whatever `torch.load` takes for harmless. An exception or a warning of fusedopt on
     any rank is an error here.
     """
     target = f"tests.ecosystem.{Path(inspect.getfile(work)).stem}:{work.__name__}"
+    interface = "lo0" if sys.platform == "darwin" else "lo"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.ecosystem.ranks", target, str(world_size), str(directory)],
         cwd=ROOT,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"},
+        env={**os.environ, "GLOO_SOCKET_IFNAME": interface, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
