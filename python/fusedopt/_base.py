@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
 
 
+def hide_step_from_dynamo(cls: type[Any]) -> None:
+    """Hide the step of a class whose step torch has hooked, hooks and all: they warn, too."""
+    if not getattr(cls.step, "hidden_from_dynamo", False):
+        cls.step = _engine.not_compiled(cls.step)
+        cls.step.hidden_from_dynamo = True
+
+
 class Rule(NamedTuple):
     """Which kernel steps a param group, and which state it keeps for each parameter."""
 
@@ -232,13 +239,8 @@ class Fused(Optimizer):
             )
 
     def _patch_step_function(self) -> None:
-        """Hook `step` as torch does, and hide it from dynamo hooks and all: they make it warn."""
         super()._patch_step_function()
-        cls = type(self)
-        if not getattr(cls.step, "hidden_from_dynamo", False):
-            # The public torch.compiler.disable would import all of dynamo at once.
-            cls.step = torch._compile._disable_dynamo(cls.step)  # type: ignore[assignment]
-            cls.step.hidden_from_dynamo = True  # type: ignore[attr-defined]
+        hide_step_from_dynamo(type(self))
 
     # ---- clipping and scaling ----------------------------------------------------------------
 
@@ -255,6 +257,7 @@ class Fused(Optimizer):
         devices = (p.device for group in self.param_groups for p in group["params"])
         return torch.tensor(norm, dtype=torch.float32, device=next(devices, None))
 
+    @_engine.not_compiled
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> Tensor:
@@ -286,6 +289,7 @@ class Fused(Optimizer):
         self._clip_by(max_norm, norm, pending)
         return self._as_tensor(norm)
 
+    @_engine.not_compiled
     def clip_grads_with_norm_(self, max_norm: float, total_norm: float | Tensor) -> None:
         """Scale the gradients inside the next step by a norm that was computed elsewhere.
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
 
 from fusedopt import _core
 
 engine = _core.Engine(isa=os.environ.get("FUSEDOPT_ISA", ""))
+
+# Dynamo cannot trace the engine, and warns where it meets it. The public torch.compiler.disable
+# would import all of dynamo at once.
+not_compiled = torch._compile._disable_dynamo
 
 
 def number(x: float | Tensor) -> float:

@@ -154,6 +154,7 @@ def check_finite(norm: float, norm_type: float) -> None:
         )
 
 
+@_engine.not_compiled
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
     norm_type: float = 2.0,
@@ -190,6 +191,7 @@ def get_total_norm(
     return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device=device)
 
 
+@_engine.not_compiled
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],

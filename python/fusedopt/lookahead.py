@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fusedopt import _engine
-from fusedopt._base import SLOW, Fused
+from fusedopt._base import SLOW, Fused, hide_step_from_dynamo
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}
@@ -125,6 +125,10 @@ class Lookahead(Optimizer):
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     # ---- the step ------------------------------------------------------------------------------
+
+    def _patch_step_function(self) -> None:
+        super()._patch_step_function()
+        hide_step_from_dynamo(type(self))
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Step the wrapped optimizer; if that was the k-th step, move the slow weights.
