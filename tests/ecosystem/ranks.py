@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import inspect
 import os
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS = 150  # a rank that waits for another that is gone must end
+SECONDS = 120  # after so many, a rank says where it hangs, and ends
 
 
 def run_ranks(
@@ -41,7 +42,7 @@ def run_ranks(
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=SECONDS)
+        output, _ = process.communicate(timeout=SECONDS + 30)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -51,6 +52,8 @@ def run_ranks(
 
 
 def be_rank(work: Callable[[], Any], rank: int, world_size: int, directory: Path) -> None:
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message="fusedopt")
     store = f"file://{directory / 'store'}"

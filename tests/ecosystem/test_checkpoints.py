@@ -96,11 +96,12 @@ def numbers(model: nn.Module, optimizer: Any) -> list[Tensor]:
 def one_link() -> dict[str, list[Tensor]]:
     """Read the checkpoint of all cases, if this is not the first link, train on, and write one."""
     folder, link, size = Path(os.environ["FOLDER"]), int(os.environ["LINK"]), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
     runs: dict[Case, tuple[nn.Module, Any]] = {}
     for case in CASES:
         model = make_model()
         if size > 1:  # a single process has plain tensors
-            fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+            fully_shard(model, mesh=mesh)
         runs[case] = (model, case.make(model, link))
 
     def state() -> dict[str, Any]:

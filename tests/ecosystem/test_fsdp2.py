@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -43,6 +44,11 @@ class Sharded(NamedTuple):
 # ---- ways to share a model -----------------------------------------------------------------------
 
 
+@cache  # each mesh makes groups of processes, with threads and sockets of their own
+def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> Any:
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def _fully(model: nn.Sequential, mesh: Any, **kwargs: Any) -> Any:
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh, **kwargs)
@@ -51,14 +57,14 @@ def _fully(model: nn.Sequential, mesh: Any, **kwargs: Any) -> Any:
 
 def one_dimension() -> Sharded:
     size = dist.get_world_size()
-    model = _fully(make_model(), init_device_mesh("cpu", (size,)))
+    model = _fully(make_model(), mesh_of(size))
     return Sharded(model, (dist.get_rank(), size))
 
 
 def hybrid() -> Sharded:
     """Shards in pairs, and replicas of the pairs."""
     size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of(size // 2, 2, names=("replicate", "shard"))
     return Sharded(_fully(make_model(), mesh), (dist.get_rank(), size))
 
 
@@ -66,7 +72,7 @@ def plain_ones_too() -> Sharded:
     size = dist.get_world_size()
     model = make_model()
     plain: tuple[Any, ...] = (model[2].bias, model[4].weight)
-    _fully(model, init_device_mesh("cpu", (size,)), ignored_params=set(plain))
+    _fully(model, mesh_of(size), ignored_params=set(plain))
     return Sharded(model, (dist.get_rank(), size), plain=plain)
 
 
@@ -76,7 +82,7 @@ def tensor_parallel() -> Sharded:
     The last layer is shared over the other dimension alone: it has a mesh of its own.
     """
     size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = mesh_of(size // 2, 2, names=("data", "tensor"))
     model = make_model(8, 6)
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     _fully(model, mesh["data"])
