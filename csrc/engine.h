@@ -105,9 +105,6 @@ Verdict decide(const Scaling& scaling, double sum_of_squares);
 // min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it.
 double clip_coefficient(double norm, double max_norm);
 
-// Two sums of a norm as one.
-double join(Norm norm, double a, double b);
-
 // How many of `threads` threads are worth waking for these jobs.
 int useful_threads(const std::vector<Job>& jobs, int threads);
 

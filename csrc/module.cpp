@@ -1,7 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bandwidth.h"
 #include "chunk.h"
 #include "step.h"
 
@@ -29,14 +28,6 @@ PYBIND11_MODULE(_core, m) {
     for (const auto* kernels : fusedopt::available_kernels()) names.append(kernels->isa);
     return py::tuple(names);
   });
-  m.def(
-      "stream_like_adam",
-      [](const std::vector<uintptr_t>& arrays, int64_t n, int threads) {
-        const auto at = [&](size_t i) { return reinterpret_cast<float*>(arrays.at(i)); };
-        py::gil_scoped_release unlocked;
-        fusedopt::stream_like_adam(at(0), at(1), at(2), at(3), n, threads);
-      },
-      py::arg("arrays"), py::arg("n"), py::arg("threads"));
   m.attr("piece_bytes") = fusedopt::kPieceBytes;
   m.attr("compiler") = FUSEDOPT_COMPILER;
 #if defined(_OPENMP)

@@ -297,8 +297,8 @@ void StepPlan::advance_counts() const {
 void StepPlan::advance_plain_counts() const {
   for (const Entry& entry : entries_) {
     if (!entry.step || entry.count.data) continue;
-    const py::object count = PyLong_Check(entry.step) ? py::object(py::int_(int64_t(entry.t)))
-                                                      : py::object(py::float_(entry.t));
+    const auto count = py::reinterpret_steal<py::object>(
+        PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
     if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
   }
 }
@@ -313,38 +313,6 @@ void StepPlan::bump_versions() const {
 }
 
 // ---- jobs ---------------------------------------------------------------------------------------
-
-static const Layout* kept(Layout layout, std::deque<Layout>* layouts) {
-  if (layout.empty()) return nullptr;
-  layouts->push_back(std::move(layout));
-  return &layouts->back();
-}
-
-void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job) {
-  job->numel = views[kParam].numel;
-  job->stream_count = count;
-  job->bytes_per_element = 0;
-  bool contiguous = true;
-  for (int s = 0; s < count; ++s) {
-    job->streams[s] = {views[s].data, views[s].dtype};
-    job->bytes_per_element += kItemSize[static_cast<int>(views[s].dtype)];
-    contiguous = contiguous && views[s].contiguous;
-  }
-  job->layout = job->grad_layout = nullptr;
-  if (contiguous) return;
-  job->layout = kept(common_layout(views, count), layouts);
-  if (job->layout) job->grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
-}
-
-void set_rule(const Rule& rule, const double* scalars, Job* job) {
-  job->update = job->streams[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
-  job->scalars = scalars;
-}
-
-void set_norm(const View& view, std::deque<Layout>* layouts, Job* job) {
-  const View views[] = {view, view};
-  set_streams(views, 2, layouts, job);
-}
 
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
   const Group& group = *entry.group;

@@ -2,13 +2,11 @@
 // messages about parameters.
 #pragma once
 
-#include <deque>
-
-#include "tensors.h"
+#include "jobs.h"
 
 namespace fusedopt {
 
-// What one param group asks for: fusedopt._base.Group, read once a step.
+// What one param group asks for: fusedopt._engine.Group, read once a step.
 struct Group {
   explicit Group(py::handle source);
 
@@ -96,15 +94,8 @@ class StepPlan {
   std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
   Held held_;
   std::deque<Folded> folded_;
-  std::deque<Layout> layouts_;
+  Layouts layouts_;
   std::deque<Job> jobs_after_;
 };
-
-// What a job walks, in the order of Job::streams;
-void set_streams(const View* views, int count, std::deque<Layout>* layouts, Job* job);
-// what it applies to them, once it has them;
-void set_rule(const Rule& rule, const double* scalars, Job* job);
-// or a gradient alone, twice: for a norm, and for a rule that writes gradients.
-void set_norm(const View& view, std::deque<Layout>* layouts, Job* job);
 
 }  // namespace fusedopt

@@ -10,6 +10,7 @@
 #include "rules/rmsprop.h"
 #include "rules/scale.h"
 #include "rules/sgd.h"
+#include "rules/traffic.h"
 
 // X(name, Rule, number of bool flags)
 #define FUSEDOPT_RULES(X)           \
@@ -21,4 +22,5 @@
   X("radam", RAdam, 2)              \
   X("lion", Lion, 0)                \
   X("lookahead", Lookahead, 0)      \
-  X("scale", Scale, 0)
+  X("scale", Scale, 0)              \
+  X("traffic", Traffic, 0)

@@ -68,7 +68,7 @@ std::pair<double, py::list> Engine::norm(const py::sequence& tensors, double ord
                                          int threads) const {
   const Norm norm = order == 1 ? Norm::one : order == 2 ? Norm::two : Norm::inf;
   Held held;
-  std::deque<Layout> layouts;
+  Layouts layouts;
   std::vector<Job> jobs;
   py::list others;
   for (const py::handle each : tensors) {
@@ -93,7 +93,7 @@ py::list Engine::apply(const std::string& rule_name, const std::vector<double>& 
                        const py::sequence& rows, int threads) const {
   const Rule& rule = find_rule(kernels_, rule_name, 0);
   Held held;
-  std::deque<Layout> layouts;
+  Layouts layouts;
   std::vector<Job> jobs;
   py::list others;
   for (const py::handle row : rows) {
@@ -142,7 +142,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
       throw py::value_error("tensors[" + std::to_string(s) + "] is no CPU tensor of this shape");
     }
   }
-  std::deque<Layout> layouts;
+  Layouts layouts;
   std::vector<Job> jobs(1);
   set_streams(views, kFirstState + rule.states, &layouts, &jobs[0]);
   set_rule(rule, scalars.data(), &jobs[0]);

@@ -13,7 +13,7 @@ class Engine {
   Engine(const std::string& isa, bool fast_gather);
 
   // Steps every parameter that has a gradient, and returns (norm, skipped). `groups` are
-  // fusedopt._base.Group, `scaling` is a fusedopt._base.Scaling, `state` is the optimizer's.
+  // fusedopt._engine.Group, `scaling` is a fusedopt._engine.Scaling, `state` is the optimizer's.
   //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
   //     their gradients times factor;
   //   outside(gradients) returns the sum of squares of gradients that need Python for it.

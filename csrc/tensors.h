@@ -72,18 +72,6 @@ inline bool same_shape(const View& a, const View& b) {
   return true;
 }
 
-// Whether two elements of the view share one memory location.
-bool strided_overlaps_itself(const View& view);
-inline bool overlaps_itself(const View& view) {
-  return !view.contiguous && strided_overlaps_itself(view);
-}
-
-// Whether two views of one shape share memory otherwise than element by element.
-bool overlap_out_of_step(const View& a, const View& b);
-
-// How to walk streams of one shape together; empty if each is one array in the same order.
-Layout common_layout(const View* views, int count);
-
 std::string shape_text(const View& view);
 
 }  // namespace fusedopt

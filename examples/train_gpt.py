@@ -198,7 +198,7 @@ class Contestant:
     def train_on(self, inputs: Tensor, targets: Tensor) -> None:
         loss = self.model.loss(inputs, targets)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer: Any = self.optimizer
         start = time.perf_counter()
         if hasattr(optimizer, "max_grad_norm"):  # it clips by itself

@@ -20,8 +20,12 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import _core, _engine
-from tests.registry import CONFIGS, PLAIN_CONFIGS, Config
+from tests.registry import CONFIGS, DTYPES, PLAIN_CONFIGS, Config
 
+ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
+
+each_isa = pytest.mark.parametrize("isa", ENGINES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
 each_optimizer = pytest.mark.parametrize("config", PLAIN_CONFIGS, ids=lambda config: config.name)
 each_torch_optimizer = pytest.mark.parametrize(
@@ -49,6 +53,10 @@ def parameters(
     shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64
 ) -> list[Parameter]:
     return [Parameter(values(shape, seed, dtype)) for seed, shape in enumerate(shapes)]
+
+
+def all_params(optimizer: Optimizer) -> list[Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def set_gradients(params: list[Parameter], step: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
 from tests.helpers import (
+    all_params,
     assert_same_bits,
     assert_same_state,
     assert_within,
@@ -31,10 +31,6 @@ FACTORS = (1.0, math.inf, 2.0, math.nan, 3.0, 1.0, 0.5, 1.0)
 Scaler = Callable[..., torch.amp.GradScaler]
 SCALERS: dict[str, Scaler] = {"torch": torch.amp.GradScaler, "fusedopt": fusedopt.GradScaler}
 each_scaler = pytest.mark.parametrize("make_scaler", SCALERS.values(), ids=SCALERS)
-
-
-def all_params(optimizer: Optimizer) -> list[Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def scaled_training(

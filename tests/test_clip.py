@@ -18,13 +18,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt import _core, _engine
+from fusedopt import _engine
 from fusedopt.clip import reference_clip_coefficient, reference_total_norm
 from tests.helpers import (
+    ENGINES,
+    all_params,
     assert_same_bits,
     assert_same_state,
     assert_within,
     each_config,
+    each_dtype,
     each_optimizer,
     oracle,
     parameters,
@@ -33,11 +36,8 @@ from tests.helpers import (
     values,
 )
 from tests.reference import reference_update, same_bits
-from tests.registry import DTYPES, FILLED_SHAPES, MAX_NORMS, NORM_TYPES, Config
+from tests.registry import FILLED_SHAPES, MAX_NORMS, NORM_TYPES, Config
 
-ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_max_norm = pytest.mark.parametrize("max_norm", MAX_NORMS)
 
 
@@ -65,10 +65,6 @@ def clipped_training(make: Make, clip: Clip, **kwargs: Any) -> Optimizer:
         clip(optimizer)
         optimizer.step()
     return optimizer
-
-
-def all_params(optimizer: Optimizer) -> list[Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 @each_max_norm

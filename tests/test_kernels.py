@@ -15,16 +15,12 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt import _core, _engine
+from tests.helpers import ENGINES, each_config, each_dtype, each_isa
 from tests.reference import reference_update, same_bits
 from tests.registry import CONFIGS, DTYPES, PLAIN_CONFIGS, Config
 
-ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
 SENTINEL = 77.0
 PAD = 16
-
-each_isa = pytest.mark.parametrize("isa", fusedopt.isas())
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -18,20 +18,20 @@ import fusedopt
 from fusedopt import _core
 from fusedopt.clip import reference_clip_coefficient, reference_total_norm
 from tests.helpers import (
+    ENGINES,
     assert_same_bits,
     assert_within,
+    each_dtype,
+    each_isa,
     parameters,
     set_gradients,
     values,
 )
 from tests.registry import DTYPES, FILLED_SHAPES, MAX_NORMS, NORM_TYPES
 
-ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
 ORDERS = [1.0, 2.0, math.inf]  # those of the engine
 
-each_isa = pytest.mark.parametrize("isa", fusedopt.isas())
 each_order = pytest.mark.parametrize("order", ORDERS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def wild(n: int, seed: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,3 +21,40 @@ not_compiled = torch._compile._disable_dynamo
 def number(x: float | Tensor) -> float:
     """Return a hyper-parameter, which may be a one-element tensor, as a float."""
     return float(x.item() if isinstance(x, Tensor) else x)
+
+
+def hide_step_from_dynamo(cls: type[Any]) -> None:
+    """Hide the step of a class whose step torch has hooked, hooks and all: they warn, too."""
+    if not getattr(cls.step, "hidden_from_dynamo", False):
+        cls.step = not_compiled(cls.step)
+        cls.step.hidden_from_dynamo = True
+
+
+class Group(NamedTuple):
+    """One param group in one step, as csrc/plan.cpp reads it."""
+
+    params: list[Tensor]
+    names: list[str] | None
+    has_kernel: bool
+    rule: str
+    states: tuple[str, ...]
+    has_slow: bool
+    alpha: float
+    counts_steps: bool
+    grad_scale: float
+    fold: Callable[[float], tuple[int, dict[str, float]]]
+    """Flags, as bits, and scalars of the rule for step number t."""
+    create_state: Callable[[Tensor], None]
+
+
+class Scaling(NamedTuple):
+    """What a step does to all gradients before the rules see them, as csrc/step.cpp reads it."""
+
+    unscale: float = 1.0
+    """One over the scale of the loss."""
+    coefficient: float = 1.0
+    """One more factor, from `Fused.clip_grad_norm_`."""
+    max_norm: float | None = None
+    """Clip to this norm."""
+    skip_nonfinite: bool = False
+    """Update nothing if the norm is infinite or NaN."""

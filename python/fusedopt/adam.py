@@ -11,6 +11,21 @@ from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
 
 
+def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
+    """Return the scalars with which the rules of Adam's family begin."""
+    weight_decay = number(group["weight_decay"])
+    beta1, beta2 = (number(beta) for beta in group["betas"])
+    decoupled = group["decoupled_weight_decay"]
+    return {
+        "weight_decay": weight_decay,
+        "decay": 1 - number(group["lr"]) * weight_decay if decoupled else 1.0,
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+    }
+
+
 class Adam(Fused, torch.optim.Adam):
     r"""Fused `torch.optim.Adam`: same arguments, state, errors and checkpoints.
 
@@ -39,19 +54,12 @@ class Adam(Fused, torch.optim.Adam):
         return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        lr = number(group["lr"])
-        weight_decay = number(group["weight_decay"])
         beta1, beta2 = (number(beta) for beta in group["betas"])
         return {
-            "weight_decay": weight_decay,
-            "decay": 1 - lr * weight_decay if group["decoupled_weight_decay"] else 1.0,
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
+            **decay_and_betas(group),
             "inv_sqrt_bias2": 1 / math.sqrt(1 - beta2**t),
             "eps": number(group["eps"]),
-            "step_size": lr / (1 - beta1**t),
+            "step_size": number(group["lr"]) / (1 - beta1**t),
         }
 
     @staticmethod

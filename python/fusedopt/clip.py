@@ -100,7 +100,7 @@ def _without_partial_sums(tensor: Any) -> Any:
 
 def _reduce_over(mesh: Any, dims: tuple[int, ...], part: float, norm_type: float) -> float:
     """Join the parts of all ranks along these dimensions of the mesh, one number each."""
-    import torch.distributed as dist  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415  (not in every build of torch)
 
     number_of_all = torch.tensor(part, dtype=torch.float64, device=mesh.device_type)
     operation = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM

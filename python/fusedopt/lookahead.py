@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from fusedopt import _engine
-from fusedopt._base import SLOW, Fused, hide_step_from_dynamo
+from fusedopt._base import SLOW, Fused
+from fusedopt._clipping import found_inf
+from fusedopt._engine import hide_step_from_dynamo
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}
@@ -82,7 +83,10 @@ class Lookahead(Optimizer):
         return {"optimizer": self.optimizer, "k": self.k, "alpha": self.alpha}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        optimizer = state.get("optimizer") or self.optimizer
+        # Hooks of checkpoints are registered where they are called.
+        shared = {key: hooks for key, hooks in vars(optimizer).items() if "state_dict_p" in key}
+        super().__setstate__({**shared, **state})
         self._count_from_0()
 
     def _count_from_0(self) -> None:
@@ -97,19 +101,6 @@ class Lookahead(Optimizer):
         """Load a checkpoint of a Lookahead, or one of the wrapped optimizer's class."""
         self.optimizer.load_state_dict(state_dict)
         self._count_from_0()
-
-    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register a hook with the wrapped optimizer, as the next three do."""
-        return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
-
-    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
-        return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
-
-    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
-        return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
-
-    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:  # noqa: D102
-        return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer."""
@@ -152,7 +143,7 @@ class Lookahead(Optimizer):
             stepped = params if closure else [p for p in params if p.grad is not None]
             with self.following(stepped):
                 loss = self.optimizer.step(closure) if closure else self.optimizer.step()
-                skipped = self._found_inf()
+                skipped = found_inf(self.optimizer)
         if not skipped:
             for group in self.param_groups:
                 group["lookahead_step"] = (group.get("lookahead_step", 0) + 1) % self.k
@@ -161,9 +152,6 @@ class Lookahead(Optimizer):
     def alpha_now(self, group: dict[str, Any]) -> float:
         """Return how far the slow weights of a group follow in this step: 0 but in every k-th."""
         return self.alpha if group.get("lookahead_step", 0) + 1 >= self.k else 0.0
-
-    def _found_inf(self) -> bool:
-        return _engine.number(getattr(self.optimizer, "found_inf", None) or 0.0) != 0
 
     @contextmanager
     def following(self, params: list[Tensor]) -> Iterator[None]:
@@ -179,7 +167,7 @@ class Lookahead(Optimizer):
                     f"{tuple(p.shape)}; load a checkpoint of this model, or delete it to start anew"
                 )
         yield
-        if self._found_inf():
+        if found_inf(self.optimizer):
             return
         for p, slow in fresh.items():  # not before: torch takes a state that has a key as complete
             if p.grad is not None:
@@ -202,6 +190,8 @@ class Lookahead(Optimizer):
         torch.autograd.graph.increment_version(params)
 
     @staticmethod
-    def reference(p: Any, slow: Any, *, alpha: float) -> tuple[Any, Any]:  # noqa: D102
+    def reference(  # noqa: D102  (the class docstring has the formula)
+        p: Any, slow: Any, *, alpha: float
+    ) -> tuple[Any, Any]:
         slow = slow + (p - slow) * alpha
         return slow, slow

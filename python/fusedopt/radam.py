@@ -9,6 +9,7 @@ import torch
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
+from fusedopt.adam import decay_and_betas
 
 
 class RAdam(Fused, torch.optim.RAdam):
@@ -46,22 +47,12 @@ class RAdam(Fused, torch.optim.RAdam):
         return *self._rule(group).flags, _rectification(number(group["betas"][1]), t) is not None
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        lr = number(group["lr"])
-        weight_decay = number(group["weight_decay"])
         beta1, beta2 = (number(beta) for beta in group["betas"])
-        step_size = lr / (1 - beta1**t)
+        step_size = number(group["lr"]) / (1 - beta1**t)
         if (rectification := _rectification(beta2, t)) is not None:
             step_size *= rectification * math.sqrt(1 - beta2**t)
-        return {
-            "weight_decay": weight_decay,
-            "decay": 1 - lr * weight_decay if group["decoupled_weight_decay"] else 1.0,
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "eps": number(group["eps"]),
-            "step_size": step_size,
-        }
+        eps = number(group["eps"])
+        return {**decay_and_betas(group), "eps": eps, "step_size": step_size}
 
     @staticmethod
     def reference(  # noqa: D102  (the class docstring has the formula)

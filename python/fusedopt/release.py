@@ -56,6 +56,7 @@ class GradientRelease:
                 optimizer._lookahead = around
             p.grad = None
 
+        # (Torch leaves it untyped.)
         hook = p.register_post_accumulate_grad_hook(step_and_free)  # type: ignore[no-untyped-call]
         self._handles.append(hook)
 

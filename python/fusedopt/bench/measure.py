@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fusedopt import _core
+from fusedopt._engine import engine
 from fusedopt.bench import oracle
 from fusedopt.bench.contestants import OURS, Contestant, quiet
 from fusedopt.bench.modes import Step
@@ -159,7 +159,7 @@ def bandwidth_probe(row: Row) -> tuple[Step, int]:
     arrays = [torch.zeros(n) for _ in range(4)]
 
     def stream() -> None:
-        _core.stream_like_adam([array.data_ptr() for array in arrays], n, row.threads)
+        engine.update("traffic", 0, [1.0], 1.0, arrays, row.threads)
 
     return stream, 28 * n
 

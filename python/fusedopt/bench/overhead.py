@@ -43,7 +43,7 @@ class _Model:
             p.grad = None
         pairs = zip(self.params, self._factors, strict=True)
         loss = torch.stack([(p * factor).sum() for p, factor in pairs]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def overhead(

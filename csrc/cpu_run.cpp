@@ -1,0 +1,280 @@
+// Running jobs: norms and updates, each step in one parallel region over all pieces.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "chunk.h"
+#include "engine.h"
+#include "overlap.h"
+
+namespace fusedopt {
+
+// ---- one piece ----------------------------------------------------------------------------------
+
+// Copies `count` elements of `size` bytes between two strided places.
+static void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_stride,
+                         int64_t count, int64_t size) {
+  const auto copy = [&](auto word) {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(&word, from + i * from_stride * size, sizeof(word));
+      std::memcpy(to + i * to_stride * size, &word, sizeof(word));
+    }
+  };
+  switch (size) {
+    case 2: return copy(uint16_t{});
+    case 4: return copy(uint32_t{});
+    default: return copy(uint64_t{});
+  }
+}
+
+// A piece of a job with a layout: gathered into small arrays, updated there, scattered back.
+static void update_strided(const Job& job, double factor, int64_t first, int64_t count) {
+  constexpr int64_t kTile = 256;
+  alignas(64) char scratch[kMaxStreams][kTile * sizeof(double)];
+  Stream tile[kMaxStreams];
+  for (int s = 0; s < job.stream_count; ++s) tile[s] = {scratch[s], job.streams[s].dtype};
+  for (const int64_t end = first + count; first < end; first += kTile) {
+    const int64_t n = std::min(end - first, kTile);
+    const auto copy_streams = [&](bool gather) {
+      walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
+        for (int s = 0; s < job.stream_count; ++s) {
+          const int64_t size = kItemSize[static_cast<int>(tile[s].dtype)];
+          const int64_t stride = (*job.layout)[0].stride[s];
+          char* far = job.streams[s].data + offsets[s] * size;
+          char* near = tile[s].data + at * size;
+          if (gather) {
+            copy_strided(far, stride, near, 1, run, size);
+          } else if (s != kGrad) {
+            copy_strided(near, 1, far, stride, run, size);
+          }
+        }
+      });
+    };
+    copy_streams(/*gather=*/true);
+    job.update(job.scalars, job.grad_scale * factor, tile, 0, n);
+    copy_streams(/*gather=*/false);
+  }
+}
+
+static void update_piece(const Piece& piece, double factor) {
+  const Job& job = *piece.job;
+  if (job.layout) {
+    update_strided(job, factor, piece.first, piece.count);
+  } else {
+    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count);
+  }
+  if (job.then) update_piece({job.then, piece.first, piece.count, 0}, 1);
+}
+
+// A block of a gradient with a layout, gathered into a small array.
+static void norm_strided(NormBlocks norm, const Job& job, int64_t first, int64_t count,
+                         double* block) {
+  alignas(64) char scratch[kNormBlock * sizeof(double)];
+  const Stream& grad = job.streams[kGrad];
+  const int64_t size = kItemSize[static_cast<int>(grad.dtype)];
+  walk(*job.grad_layout, first, count, [&](int64_t at, const int64_t* offsets, int64_t run) {
+    copy_strided(grad.data + offsets[0] * size, (*job.grad_layout)[0].stride[0],
+                 scratch + at * size, 1, run, size);
+  });
+  norm({scratch, grad.dtype}, 0, count, block);
+}
+
+static void norm_piece(NormBlocks norm, const Piece& piece, double* blocks) {
+  const Job& job = *piece.job;
+  blocks += piece.block;
+  if (!job.grad_layout) return norm(job.streams[kGrad], piece.first, piece.count, blocks);
+  for (int64_t at = 0; at < piece.count; at += kNormBlock) {
+    const int64_t count = std::min(piece.count - at, kNormBlock);
+    norm_strided(norm, job, piece.first + at, count, blocks++);
+  }
+}
+
+// Asks for the beginning of streams [from, to) of a piece; the kernels ask for the rest.
+static void prefetch(const Piece& piece, int from, int to) {
+  if (piece.job->layout) return;  // its elements lie elsewhere
+  for (int s = from; s < to; ++s) {
+    const int64_t size = kItemSize[static_cast<int>(piece.job->streams[s].dtype)];
+    const char* begin = piece.job->streams[s].data + piece.first * size;
+    const char* end = begin + std::min(piece.count * size, kPrefetchBytes);
+    for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
+  }
+}
+
+// ---- all pieces ---------------------------------------------------------------------------------
+
+// The threads of a parent's pool do not exist in a forked child, and a parallel region there would
+// wait for them for ever.
+static std::atomic<bool> forked{false};
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+static const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+static bool is_large(const std::vector<Job>& jobs) {
+  // Waking the other threads takes a few microseconds, the time of about this many bytes;
+  constexpr int64_t kSmallBytes = 128 * 1024;
+  // and to make sure that jobs do not overlap, the time of about this many a job.
+  constexpr int64_t kSmallBytesOfJob = 2 * 1024;
+  int64_t left = -kSmallBytes;
+  for (const Job& job : jobs) left += job.numel * job.bytes_per_element - kSmallBytesOfJob;
+  return left > 0;
+}
+
+int useful_threads(const std::vector<Job>& jobs, int threads) {
+  return is_large(jobs) ? threads : 1;
+}
+
+// ---- the norm's verdict -------------------------------------------------------------------------
+
+static double join_all(Norm norm, const std::vector<double>& blocks) {
+  double sum = 0;
+  for (const double block : blocks) {
+    if (norm != Norm::inf) {
+      sum += block;
+    } else if (!(sum > block) && sum == sum) {  // NaN if any is
+      sum = block;
+    }
+  }
+  return sum;
+}
+
+double clip_coefficient(double norm, double max_norm) {
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+Verdict decide(const Scaling& scaling, double sum_of_squares) {
+  Verdict verdict{};
+  verdict.norm = std::sqrt(sum_of_squares) * scaling.unscale;
+  verdict.factor = scaling.unscale * scaling.coefficient;
+  if (scaling.clip) {
+    verdict.factor *= clip_coefficient(verdict.norm * scaling.coefficient, scaling.max_norm);
+  }
+  verdict.skipped = scaling.skip_nonfinite && !std::isfinite(verdict.norm);
+  return verdict;
+}
+
+// ---- one parallel region ------------------------------------------------------------------------
+
+// Calls body(thread, count) on each of `count` threads: as many as were asked for, or fewer if the
+// runtime grants no more.
+template <class Body>
+static void in_parallel(int threads, Body body) {
+  (void)threads;
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+// Inside of it: waits until all threads are here, calls f on one, and lets them go on.
+template <class F>
+static void together(F f) {
+#if defined(_OPENMP)
+#pragma omp barrier
+#pragma omp single
+#endif
+  f();
+}
+
+namespace {
+
+// The work of a step in shares, one a thread.
+class Shares {
+ public:
+  Shares(const std::vector<Job>& jobs, int threads, bool writes, bool backwards = false)
+      : threads_(threads), backwards_(backwards) {
+#if !defined(_OPENMP)
+    threads_ = 1;
+#endif
+    if (forked) threads_ = 1;
+    if (writes && (threads_ > 1 || backwards_) && any_overlap(jobs)) {
+      threads_ = 1;
+      backwards_ = false;
+    }
+    cut_ = cut(jobs, threads_);
+  }
+
+  int threads() const { return threads_; }
+  int64_t blocks() const { return cut_.blocks; }
+
+  void norms(int thread, int threads, NormBlocks norm, double* blocks) const {
+    for_each_piece(thread, threads, false, [&](const Piece& piece, const Piece* next) {
+      if (next) prefetch(*next, kGrad, kGrad + 1);
+      norm_piece(norm, piece, blocks);
+    });
+  }
+  void updates(int thread, int threads, double factor) const {
+    for_each_piece(thread, threads, backwards_, [&](const Piece& piece, const Piece* next) {
+      if (next) prefetch(*next, 0, next->job->stream_count);
+      update_piece(piece, factor);
+    });
+  }
+
+ private:
+  template <class F>
+  void for_each_piece(int thread, int threads, bool backwards, F f) const {
+    for (int share = thread; share < threads_; share += threads) {
+      const Piece* const begin = cut_.pieces.data() + cut_.begin[share];
+      const auto count = static_cast<ptrdiff_t>(cut_.begin[share + 1] - cut_.begin[share]);
+      for (ptrdiff_t i = 0; i < count; ++i) {
+        const ptrdiff_t at = backwards ? count - 1 - i : i;
+        const ptrdiff_t next = backwards ? at - 1 : at + 1;
+        f(begin[at], i + 1 < count ? &begin[next] : nullptr);
+      }
+    }
+  }
+
+  int threads_;
+  bool backwards_;
+  Cut cut_;
+};
+
+}  // namespace
+
+double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
+  const Shares shares(jobs, threads, /*writes=*/false);
+  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
+  in_parallel(shares.threads(), [&](int thread, int count) {
+    shares.norms(thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
+  });
+  return join_all(norm, blocks);
+}
+
+void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
+  const Shares shares(jobs, threads, /*writes=*/true);
+  in_parallel(shares.threads(),
+              [&](int thread, int count) { shares.updates(thread, count, factor); });
+}
+
+Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
+            const Scaling& scaling) {
+  if (!scaling.needs_norm()) {
+    const double factor = scaling.unscale * scaling.coefficient;
+    run_updates(jobs, threads, factor);
+    return {0, factor, false};
+  }
+  // Backwards, the updates begin with the gradients that the norm has just read.
+  const Shares shares(jobs, threads, /*writes=*/true, /*backwards=*/is_large(jobs));
+  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
+  Verdict verdict{};
+  in_parallel(shares.threads(), [&](int thread, int count) {
+    shares.norms(thread, count, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
+    together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
+    if (!verdict.skipped) shares.updates(thread, count, verdict.factor);
+  });
+  return verdict;
+}
+
+}  // namespace fusedopt

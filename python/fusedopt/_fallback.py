@@ -1,0 +1,114 @@
+"""Parameters without a kernel: stepped by the torch class that an optimizer derives from."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from fusedopt.lookahead import Lookahead
+
+
+class FallsBack(Optimizer):
+    """The fallback, for `fusedopt._base.Fused`."""
+
+    _lookahead: Lookahead | None = None  # during a step that one makes
+
+    def _fall_back(
+        self,
+        all_groups: list[dict[str, Any]],
+        unsupported: list[tuple[int, Tensor]],
+        factor: float,
+    ) -> None:
+        """Step (group index, parameter) pairs with torch's own implementation.
+
+        Their gradients count times factor.
+        """
+        by_group: dict[int, list[Tensor]] = {}
+        # Sparse gradients first: a torch class that refuses them then does so before any update.
+        for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
+            self._warn_of_fallback(_cause(all_groups[index], p))
+            by_group.setdefault(index, []).append(p)
+        groups = [{**all_groups[i], "params": params} for i, params in by_group.items()]
+        params = [p for _, p in unsupported]
+        followed = self._lookahead.following(params) if self._lookahead else nullcontext()
+        with _scaled_gradients(params, factor), followed:
+            self._torch_step(groups)
+
+    def _torch_step(self, groups: list[dict[str, Any]]) -> None:
+        """Step these groups with the parent class's bare step: its hooks have fired already."""
+        for group in groups:
+            self._use_dtypes_of_params(group["params"])
+        # (A bound method has it.)
+        step = inspect.unwrap(super().step.__func__)  # type: ignore[attr-defined]
+        changed = ("param_groups", "grad_scale", "found_inf")
+        kept = {name: vars(self)[name] for name in changed if name in vars(self)}
+        # The gradients are unscaled, and the parent refuses a scale where it has no fused kernel.
+        meanwhile = [{**group, "foreach": None, "fused": None} for group in groups]
+        vars(self).update(param_groups=meanwhile, grad_scale=None, found_inf=None)
+        try:
+            with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+                step(self)
+        finally:
+            for name in changed:
+                del vars(self)[name]
+            vars(self).update(kept)
+
+    def _use_dtypes_of_params(self, params: list[Tensor]) -> None:
+        """Cast states to the dtype of their parameter, as torch does when it loads them."""
+        for p in params:
+            for key, value in self.state.get(p, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.dtype != p.dtype:
+                    self.state[p][key] = value.to(p.dtype)
+
+    def _warn_of_fallback(self, cause: str) -> None:
+        warned = self.__dict__.setdefault("_warned", set())
+        if cause in warned:
+            return
+        warned.add(cause)
+        warnings.warn(
+            f"fusedopt.{type(self).__name__} has no kernel for {cause}: torch's own "
+            "implementation steps them, correctly and at its own speed",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _scaled_gradients(params: Sequence[Tensor], factor: float) -> Iterator[None]:
+    """Let these parameters have other gradients meanwhile: theirs times factor."""
+    gradients = [p.grad for p in params]
+    try:
+        for p, gradient in zip(params, gradients, strict=True):
+            if factor != 1 and gradient is not None:
+                p.grad = gradient * factor
+        yield
+    finally:
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+
+
+def _is_sparse(p: Tensor) -> bool:
+    return p.grad is not None and p.grad.layout != torch.strided
+
+
+def _cause(group: dict[str, Any], p: Tensor) -> str:
+    """Return why p has no kernel, for a warning."""
+    assert p.grad is not None
+    if group.get("differentiable"):
+        return "differentiable=True"
+    if p.device.type != "cpu":
+        return f"parameters on {p.device.type}"
+    if _is_sparse(p):
+        return "sparse gradients"
+    if p.is_complex():
+        return "complex parameters"
+    if p.is_neg():
+        return "parameters that torch has yet to negate"
+    return f"{type(p).__name__} parameters of {p.dtype} with gradients of {p.grad.dtype}"
