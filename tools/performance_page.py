@@ -76,8 +76,10 @@ def select(report: Report, mode: str, dtype: str = "float32", one: bool = False)
 
 def machine(report: Report) -> str:
     """What was measured, and where."""
-    limits = [row.limit_gigabytes_per_second for row in report.rows if row.bytes > 1e9]
     facts = dict(report.machine)
+    most = int(facts["threads"])  # fewer reach less of the bandwidth
+    large = [row for row in report.rows if row.bytes > 1e9 and row.threads == most]
+    limits = [row.limit_gigabytes_per_second for row in large]
     if limits:
         low, high = min(limits), max(limits)
         facts["memory"] = f"{low:.0f} to {high:.0f} GB/s in rows that move more than 1 GB a step"
