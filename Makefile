@@ -7,10 +7,13 @@ ARGS ?=
 RUN := .venv/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -name '*.pyc')
-CPP := $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' \))
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Tests of what optimizers do, wherever parameters are.
+ON_DEVICES := clip.py amp.py contract.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py
 
 .PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
-.PHONY: test-ecosystem clean
+.PHONY: test-ecosystem gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,9 +27,10 @@ demo: .venv/installed
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
 
-## make test           all tests
+## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
 	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest --quiet --device emulated $(addprefix tests/test_,$(ON_DEVICES)) $(ARGS)
 
 ## make bench          what fusedopt gains on this machine; ARGS=--quick takes a minute
 bench: .venv/installed
@@ -70,6 +74,10 @@ test-machines: .venv/dependencies
 test-ecosystem: .venv/installed
 	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
+## make gpu-check      build, test and measure the CUDA kernels, where there is a GPU; nine minutes
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
+
 ## make clean          remove all that was made here
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -90,5 +98,6 @@ clean:
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)
-	$(PIP) install --quiet --no-deps --build-constraint constraints.txt .
+	$(PIP) install --quiet --no-deps --build-constraint constraints.txt \
+	  --config-settings cmake.define.FUSEDOPT_EMULATED_DEVICE=ON .
 	@touch $@

@@ -24,6 +24,9 @@ FUSEDOPT_FN float decode(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} <
 
 // Selects instead of branches, so that the loops below vectorize.
 FUSEDOPT_FN float decode(Float16 x) {
+#if defined(__CUDA_ARCH__)  // a GPU has instructions for it
+  return __half2float(__ushort_as_half(x.bits));
+#else
   constexpr uint32_t kRebias = (127 - 15) << 23;
   const uint32_t magnitude = (uint32_t{x.bits} & 0x7fff) << 13;
   const uint32_t sign = (uint32_t{x.bits} & 0x8000) << 16;
@@ -35,6 +38,7 @@ FUSEDOPT_FN float decode(Float16 x) {
   const uint32_t finite = magnitude < (1u << 23) ? subnormal : normal;
   const uint32_t any = magnitude < (31u << 23) ? finite : magnitude + 2 * kRebias;
   return bit_cast<float>(any | sign);
+#endif
 }
 
 FUSEDOPT_FN void encode(float x, float& to) { to = x; }
@@ -42,12 +46,19 @@ FUSEDOPT_FN void encode(double x, float& to) { to = static_cast<float>(x); }
 FUSEDOPT_FN void encode(double x, double& to) { to = x; }
 
 FUSEDOPT_FN void encode(float x, BFloat16& to) {
+#if defined(__CUDA_ARCH__)
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+#endif
 }
 
 FUSEDOPT_FN void encode(float x, Float16& to) {
+#if defined(__CUDA_ARCH__)
+  to.bits = __half_as_ushort(__float2half_rn(x));
+#else
   constexpr uint32_t kRebias = (127 - 15) << 23;
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -59,6 +70,7 @@ FUSEDOPT_FN void encode(float x, Float16& to) {
   const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t any = magnitude < kRebias + (31u << 23) ? finite : special;
   to.bits = static_cast<uint16_t>(any | ((bits >> 16) & 0x8000));
+#endif
 }
 
 FUSEDOPT_FN void encode(double x, BFloat16& to) { encode(static_cast<float>(x), to); }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -131,34 +130,23 @@ int useful_threads(const std::vector<Job>& jobs, int threads) {
   return is_large(jobs) ? threads : 1;
 }
 
-// ---- the norm's verdict -------------------------------------------------------------------------
+// ---- joining the blocks of a norm
+// ----------------------------------------------------------------
 
 static double join_all(Norm norm, const std::vector<double>& blocks) {
-  double sum = 0;
-  for (const double block : blocks) {
-    if (norm != Norm::inf) {
-      sum += block;
-    } else if (!(sum > block) && sum == sum) {  // NaN if any is
-      sum = block;
-    }
+  const auto join = [norm](double a, double b) {
+    if (norm != Norm::inf) return a + b;
+    return a > b || a != a ? a : b;  // NaN if either is
+  };
+  double lanes[kNormJoin] = {};
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    double& lane = lanes[i % kNormJoin];
+    lane = join(lane, blocks[i]);
   }
-  return sum;
-}
-
-double clip_coefficient(double norm, double max_norm) {
-  const double coefficient = max_norm / (norm + 1e-6);
-  return coefficient > 1 ? 1 : coefficient;
-}
-
-Verdict decide(const Scaling& scaling, double sum_of_squares) {
-  Verdict verdict{};
-  verdict.norm = std::sqrt(sum_of_squares) * scaling.unscale;
-  verdict.factor = scaling.unscale * scaling.coefficient;
-  if (scaling.clip) {
-    verdict.factor *= clip_coefficient(verdict.norm * scaling.coefficient, scaling.max_norm);
+  for (int64_t half = kNormJoin / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) lanes[l] = join(lanes[l], lanes[l + half]);
   }
-  verdict.skipped = scaling.skip_nonfinite && !std::isfinite(verdict.norm);
-  return verdict;
+  return lanes[0];
 }
 
 // ---- one parallel region ------------------------------------------------------------------------

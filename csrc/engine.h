@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "verdict.h"
+
 namespace fusedopt {
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
@@ -39,10 +41,13 @@ struct Rule {
 };
 
 // What a norm adds up: |x|, x * x, or the largest |x|. In double, over blocks of kNormBlock
-// elements, which are then joined in their order: the same bits on every instruction set and for
-// any number of threads. With NaN among the elements the result is NaN.
+// elements, which are then joined in a fixed order: the same bits on every instruction set and
+// device and for any number of threads. With NaN among the elements the result is NaN.
 enum class Norm : uint8_t { one, two, inf };
 constexpr int64_t kNormBlock = 4096;
+// Block i of all is added to lane i % kNormJoin, and then lanes of equal distance to each other,
+// halving their number: what a device does with as many threads.
+constexpr int64_t kNormJoin = 256;
 
 // Writes to `blocks` what the norm adds up over each block of elements [first, first + count).
 using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, double* blocks);
@@ -82,28 +87,6 @@ const std::vector<const Kernels*>& available_kernels();
 const Kernels& kernels_named(const std::string& isa);
 // The named rule with these flags; std::runtime_error if there is none.
 const Rule& find_rule(const Kernels& kernels, const std::string& name, int flags);
-
-// What a step does to all gradients before the rules see them. Clipping and the check for
-// non-finite gradients need the 2-norm of all gradients times `unscale`.
-struct Scaling {
-  double unscale = 1;      // the gradients are those of a loss times 1 / unscale
-  double coefficient = 1;  // one more factor, decided elsewhere
-  bool clip = false;       // so that the norm of what the rules see is at most max_norm
-  double max_norm = 0;
-  bool skip_nonfinite = false;  // no update if the norm is infinite or NaN
-
-  bool needs_norm() const { return clip || skip_nonfinite; }
-};
-
-// What the norm decides.
-struct Verdict {
-  double norm;    // of all gradients, before clipping
-  double factor;  // of every gradient
-  bool skipped;
-};
-Verdict decide(const Scaling& scaling, double sum_of_squares);
-// min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it.
-double clip_coefficient(double norm, double max_norm);
 
 // How many of `threads` threads are worth waking for these jobs.
 int useful_threads(const std::vector<Job>& jobs, int threads);

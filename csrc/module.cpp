@@ -2,7 +2,11 @@
 #include <pybind11/stl.h>
 
 #include "chunk.h"
+#include "cuda.h"
 #include "step.h"
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+#include "emulated_device.h"
+#endif
 
 namespace py = pybind11;
 using fusedopt::Engine;
@@ -10,7 +14,8 @@ using fusedopt::Engine;
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The engine of fusedopt. Private: its interface may change in any release.";
   py::class_<Engine>(m, "Engine")
-      .def(py::init<const std::string&, bool>(), py::arg("isa") = "", py::arg("fast_gather") = true)
+      .def(py::init<const std::string&, bool, const std::string&>(), py::arg("isa") = "",
+           py::arg("fast_gather") = true, py::arg("device") = "cuda")
       .def("step", &Engine::step, py::arg("state"), py::arg("groups"), py::arg("threads"),
            py::arg("scaling"), py::arg("fallback"), py::arg("outside"))
       .def("norm", &Engine::norm, py::arg("tensors"), py::arg("order"), py::arg("threads"))
@@ -21,13 +26,32 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("isa", &Engine::isa)
       .def_property_readonly("vector_bytes",
                              [](const Engine& engine) { return engine.kernels().vector_bytes; })
-      .def_property_readonly("fast_gather", &Engine::fast_gather);
+      .def_property_readonly("fast_gather", &Engine::fast_gather)
+      .def_property_readonly("emulated", &Engine::emulated)
+      .def_property_readonly("has_cuda", &Engine::has_cuda);
   m.def("clip_coefficient", &fusedopt::clip_coefficient, py::arg("norm"), py::arg("max_norm"));
   m.def("isas", [] {
     py::list names;
     for (const auto* kernels : fusedopt::available_kernels()) names.append(kernels->isa);
     return py::tuple(names);
   });
+  m.attr("cuda_archs") = FUSEDOPT_CUDA_ARCHS;
+  m.def("cuda_driver_version", &fusedopt::cuda::driver_version);
+  m.def("cuda_devices", &fusedopt::cuda::device_names);
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+  m.attr("emulated_device") = true;
+  m.def("ranges_of_tile",
+        [](uintptr_t address, int item_size, int width, int64_t numel, int64_t tile) {
+          const auto dtype = item_size == 8   ? fusedopt::DType::f64
+                             : item_size == 4 ? fusedopt::DType::f32
+                                              : fusedopt::DType::bf16;
+          return fusedopt::cuda::ranges_of_tile(address, dtype, width, numel, tile);
+        });
+  m.def("item_of_unit", &fusedopt::cuda::item_of_unit);
+#else
+  m.attr("emulated_device") = false;
+#endif
+  m.attr("tile") = fusedopt::cuda::kTile;
   m.attr("piece_bytes") = fusedopt::kPieceBytes;
   m.attr("compiler") = FUSEDOPT_COMPILER;
 #if defined(_OPENMP)

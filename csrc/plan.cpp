@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <unordered_map>
 
@@ -12,13 +13,18 @@ Group::Group(py::handle source)
       names(source.attr("names")),
       has_kernel(py::cast<bool>(source.attr("has_kernel"))),
       rule(py::cast<std::string>(source.attr("rule"))),
+      flags(py::cast<int>(source.attr("flags"))),
       states(py::cast<std::vector<py::str>>(source.attr("states"))),
       has_slow(py::cast<bool>(source.attr("has_slow"))),
       alpha(py::cast<double>(source.attr("alpha"))),
       counts_steps(py::cast<bool>(source.attr("counts_steps"))),
+      counts_on_device(py::cast<bool>(source.attr("counts_on_device"))),
+      starts_unlike(py::cast<bool>(source.attr("starts_unlike"))),
       grad_scale(py::cast<double>(source.attr("grad_scale"))),
+      lr(source.attr("lr")),
       fold(source.attr("fold")),
-      create_state(source.attr("create_state")) {
+      create_state(source.attr("create_state")),
+      move_count(source.attr("move_count")) {
   if (rule_states() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
 }
 
@@ -35,6 +41,10 @@ static std::string type_text(PyObject* object) {
   }
   return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
          text("device");
+}
+
+static std::string device_text(int device) {
+  return device == kHost ? "cpu" : "cuda:" + std::to_string(device);
 }
 
 // For example: exp_avg of params[3] ('layer.weight') of group 1
@@ -61,8 +71,8 @@ static PyObject* step_key() {
 }
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-                   const py::sequence& groups)
-    : kernels_(kernels), reader_(reader), state_(state) {
+                   const py::sequence& groups, bool may_skip)
+    : kernels_(kernels), reader_(reader), state_(state), may_skip_(may_skip) {
   size_t count = 0;
   for (const py::handle group : groups) {
     groups_.emplace_back(group);
@@ -96,13 +106,16 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
 
   View views[kMaxStreams + 1];
   View &p = views[kParam], &g = views[kGrad];
-  if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
-      !reader_.read(entry.grad, &g, &held_) || negated(entry.param, p)) {
+  const auto leave_to_torch = [&] {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
     outside.append(py::handle(entry.grad));
     entries_.pop_back();
-    return;
+  };
+  if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
+      !reader_.read(entry.grad, &g, &held_) || p.device != g.device || negated(entry.param, p)) {
+    return leave_to_torch();
   }
+  entry.device = p.device;
   if (negated(entry.grad, g)) {
     held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
     entry.grad = held_.back().ptr();
@@ -122,16 +135,45 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
                           " is a view in which elements share memory; expected every element in a "
                           "place of its own; pass a clone() of it");
   }
+  const py::object grad = py::reinterpret_borrow<py::object>(entry.grad);
+  if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
+  const bool complete = read_states(entry, views);
+  if (!entry.fits) return leave_to_torch();
   if (g.is_local_part) {
-    outside.append(py::handle(entry.grad));
+    outside.append(grad);
     distributed_.push_back(jobs_.size());
   }
-  if (read_states(entry, views)) {
+  if (complete) {
     set_job(entry, views, &jobs_.emplace_back());
   } else {
     incomplete_.push_back(jobs_.size());
     set_norm(g, &layouts_, &jobs_.emplace_back());  // all that it can have by now
   }
+}
+
+// On a device, all streams are walked as arrays in the parameter's order: a gradient that cannot be
+// is copied. False if not even the parameter can.
+bool StepPlan::fit_gradient(Entry* entry, const View& param, View* grad) {
+  if (!common_layout(&param, 1).empty()) return false;
+  const bool is_array = common_layout(grad, 1).empty();
+  if (is_array) entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
+  const View views[] = {param, *grad};
+  const bool wide = param.dtype == DType::f64;
+  if ((grad->dtype == DType::f64) != wide || !common_layout(views, 2).empty()) {
+    const auto torch = py::module_::import("torch");
+    const py::object copy =
+        torch.attr("empty_like")(py::handle(entry->param),
+                                 py::arg("dtype") = (grad->dtype == DType::f64) == wide
+                                                        ? py::handle(entry->grad).attr("dtype")
+                                                        : torch.attr(wide ? "float64" : "float32"),
+                                 py::arg("requires_grad") = false);
+    copy.attr("copy_")(py::handle(entry->grad).attr("detach")());
+    held_.push_back(copy);
+    entry->grad = copy.ptr();
+    reader_.read(entry->grad, grad, &held_);
+  }
+  if (!is_array) entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
+  return true;
 }
 
 // dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
@@ -154,10 +196,11 @@ void StepPlan::read_state(const Entry& entry, PyObject* tensor, const py::str& k
                           const View& param, View* view) {
   held_.push_back(py::reinterpret_borrow<py::object>(tensor));
   const auto state_name = [&] { return name(entry, std::string(key)); };
-  if (!reader_.read(tensor, view, &held_)) {
+  if (!reader_.read(tensor, view, &held_) || view->device != param.device) {
     throw py::type_error(state_name() + " is " + type_text(tensor) +
-                         ", expected a strided float32, float64, bfloat16 or float16 tensor on "
-                         "cpu; move it there, or delete opt.state[p] to start anew");
+                         ", expected a strided float32, float64, bfloat16 or float16 tensor on " +
+                         device_text(param.device) +
+                         "; move it there, or delete opt.state[p] to start anew");
   }
   if (!same_shape(param, *view)) {
     throw py::value_error(state_name() + " has shape " + shape_text(*view) + ", expected " +
@@ -201,7 +244,13 @@ bool StepPlan::read_states(Entry& entry, View* views) {
       continue;
     }
     if (s == group.rule_states() && group.alpha == 0) continue;  // slow weights, at rest
-    read_state(entry, tensor, group.states[s], views[kParam], &views[kFirstState + s]);
+    View& state = views[kFirstState + s];
+    read_state(entry, tensor, group.states[s], views[kParam], &state);
+    if (entry.device != kHost) {
+      const View pair[] = {views[kParam], state};
+      entry.fits = entry.fits && common_layout(pair, 2).empty() &&
+                   (state.dtype == DType::f64) == (pair[0].dtype == DType::f64);
+    }
   }
   return complete;
 }
@@ -211,8 +260,18 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   entry.step = find(entry.state, step_key(), cursor, &any_order);
   if (!entry.step) return;
   held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
+  const bool on_device = entry.device != kHost && (entry.group->counts_on_device || may_skip_);
   double steps;
   if (reader_.read_count(entry.step, &entry.count, &held_)) {
+    if (reader_.emulated() && on_device) entry.count.device = entry.device;
+    if (entry.count.device != kHost) {
+      if (entry.count.device != entry.device || entry.count.type != TensorReader::Count::f32) {
+        throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
+                             ", expected a float32 tensor on " + device_text(entry.device) +
+                             " or on cpu; store the number of steps taken so far");
+      }
+      return;  // only the device knows
+    }
     steps = entry.count.get();
   } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
     steps = PyFloat_AsDouble(entry.step);
@@ -229,13 +288,21 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
                           "so far");
   }
   entry.t = steps + 1;
+  if (on_device) {  // the same count there, from now on
+    entry.group->move_count(py::handle(entry.param), steps);
+    entry.step = PyDict_GetItem(entry.state, step_key());
+    held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
+    reader_.read_count(entry.step, &entry.count, &held_);
+    entry.count.device = entry.device;
+    entry.t = 1;
+  }
 }
 
 // A parameter that is listed twice is stepped twice, the second time with the next number.
 void StepPlan::count_repeats() {
   std::unordered_map<PyObject*, double> last;
   for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps) continue;
+    if (!entry.group->counts_steps || entry.count.device != kHost) continue;
     const auto [at, is_new] = last.try_emplace(entry.param, entry.t);
     if (!is_new) entry.t = ++at->second;
   }
@@ -246,8 +313,13 @@ void StepPlan::count_repeats() {
 // From Python.
 const Folded* StepPlan::fold(const Entry& entry) {
   const Group& group = *entry.group;
-  const auto [flags, scalars] = py::cast<std::pair<int, py::dict>>(group.fold(entry.t));
-  Folded folded{find_rule(kernels_, group.rule, flags), {}};
+  if (entry.device == kHost && !PyFloat_Check(group.lr.ptr())) {
+    throw py::value_error("lr of the group of " + name(entry, "") + " is " +
+                          type_text(group.lr.ptr()) +
+                          ", but the parameter is on cpu; pass a number, or a tensor on cpu");
+  }
+  const auto scalars = py::cast<py::dict>(group.fold(entry.t));
+  Folded folded{find_rule(kernels_, group.rule, group.flags), {}};
   for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
   if (static_cast<int>(group.rule_states()) != folded.rule.states) {
     throw std::logic_error("rule " + group.rule + " has another number of states");
@@ -290,7 +362,7 @@ void StepPlan::create_missing_states() {
 // What was read here may lie in several entries' counts: a parameter that is listed twice.
 void StepPlan::advance_counts() const {
   for (const Entry& entry : entries_) {
-    if (entry.count.data) entry.count.increment();
+    if (entry.count.data && entry.count.device == kHost) entry.count.increment();
   }
 }
 
@@ -330,7 +402,98 @@ void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
 std::vector<Job> StepPlan::jobs_of_norm() const {
   std::vector<Job> jobs = jobs_;
   for (const size_t i : distributed_) jobs[i].numel = 0;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    if (entries_[i].device != kHost) jobs[i].numel = 0;
+  }
   return jobs;
+}
+
+// ---- devices ------------------------------------------------------------------------------------
+
+bool StepPlan::uses_devices() const {
+  return std::any_of(entries_.begin(), entries_.end(),
+                     [](const Entry& entry) { return entry.device != kHost; });
+}
+
+std::vector<int> StepPlan::devices() const {
+  std::vector<int> devices;
+  for (const Entry& entry : entries_) {
+    if (entry.device == kHost) continue;
+    if (std::find(devices.begin(), devices.end(), entry.device) == devices.end()) {
+      devices.push_back(entry.device);
+    }
+  }
+  return devices;
+}
+
+std::vector<Job> StepPlan::jobs_on(int device) const {
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i].device == device) jobs.push_back(jobs_[i]);
+  }
+  return jobs;
+}
+
+bool StepPlan::skips_on_host() const {
+  return std::any_of(entries_.begin(), entries_.end(), [](const Entry& entry) {
+    return entry.group->has_slow || (entry.is_new && entry.group->starts_unlike);
+  });
+}
+
+std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
+  std::vector<cuda::NormItem> items;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const bool elsewhere = std::binary_search(distributed_.begin(), distributed_.end(), i);
+    if (entries_[i].device == device && !elsewhere) items.push_back(entries_[i].norm_item);
+  }
+  return items;
+}
+
+std::vector<cuda::Update> StepPlan::updates(int device, double factor) const {
+  std::vector<cuda::Update> updates;
+  const Group* group = nullptr;
+  cuda::Clock clock;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    if (entry.device != device) continue;
+    if (entry.group != group) {
+      group = entry.group;
+      clock = {};
+      View lr;
+      Held held;  // the group has it
+      if (reader_.read(group->lr.ptr(), &lr, &held) && lr.device == device) {
+        clock.lr = lr.data;
+        clock.lr_is_double = lr.dtype == DType::f64;
+      } else {
+        clock.host_lr = py::cast<double>(group->lr);
+      }
+    }
+    clock.step = entry.count.device == device ? static_cast<float*>(entry.count.data) : nullptr;
+    clock.t = entry.t;
+    const Job& job = jobs_[i];
+    updates.push_back({static_cast<int>(&entry.folded->rule - kernels_.rules),
+                       &entry.folded->scalars, job.grad_scale * factor, clock, job.numel,
+                       job.streams, job.stream_count});
+  }
+  return updates;
+}
+
+std::vector<cuda::Update> StepPlan::updates_after(int device) {
+  const Rule& rule = find_rule(kernels_, "lookahead", 0);
+  std::vector<cuda::Update> updates;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Job* then = jobs_[i].then;
+    if (entries_[i].device != device || !then) continue;
+    alphas_.push_back({entries_[i].group->alpha});
+    updates.push_back({static_cast<int>(&rule - kernels_.rules),
+                       &alphas_.back(),
+                       1,
+                       {},
+                       then->numel,
+                       then->streams,
+                       then->stream_count});
+  }
+  return updates;
 }
 
 }  // namespace fusedopt

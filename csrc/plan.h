@@ -2,6 +2,7 @@
 // messages about parameters.
 #pragma once
 
+#include "cuda_run.h"
 #include "jobs.h"
 
 namespace fusedopt {
@@ -14,12 +15,16 @@ struct Group {
   py::object names;
   bool has_kernel;
   std::string rule;
+  int flags;
   std::vector<py::str> states;  // of the rule, and then the slow weights, if there are any
   bool has_slow;
   double alpha;  // of Lookahead; 0 if this step does not move the slow weights
   bool counts_steps;
+  bool counts_on_device;  // where the parameters are
+  bool starts_unlike;     // a first step is not one from states of zeros
   double grad_scale;
-  py::object fold, create_state;
+  py::object lr;  // a number, or a tensor on the parameters' device
+  py::object fold, create_state, move_count;
 
   size_t rule_states() const { return states.size() - has_slow; }
 };
@@ -44,12 +49,16 @@ struct Entry {
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
   bool is_new = false;             // lacks a state of its rule
+  int device = kHost;
+  cuda::NormItem norm_item = {};  // of its gradient, on a device
+  bool fits = true;               // all streams are arrays of one order that a device can access
 };
 
 class StepPlan {
  public:
+  // may_skip: whether a device may find out that nothing is to be done; it then counts the steps.
   StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-           const py::sequence& groups);
+           const py::sequence& groups, bool may_skip);
 
   // ---- what may fail, and changes nothing
   void collect();
@@ -64,15 +73,26 @@ class StepPlan {
   const std::vector<Job>& jobs() const { return jobs_; }
   bool lacks_states() const { return !incomplete_.empty(); }
 
+  // ---- of steps with parameters on devices
+  bool uses_devices() const;
+  std::vector<int> devices() const;
+  std::vector<Job> jobs_on(int device) const;  // or kHost
+  // Whether a step that is skipped has to be known to be before states are made.
+  bool skips_on_host() const;
+  std::vector<cuda::NormItem> norm_items(int device) const;
+  std::vector<cuda::Update> updates(int device, double factor) const;
+  std::vector<cuda::Update> updates_after(int device);  // Lookahead's
+
   py::list unsupported;  // [(group index, parameter), ...]
   // Gradients, among those of jobs() and of `unsupported`, that a norm needs Python for: the
   // engine cannot read them, or each process has a part of them. Jobs with such a gradient are in
   // jobs() but not in jobs_of_norm().
   py::list outside;
-  std::vector<Job> jobs_of_norm() const;
+  std::vector<Job> jobs_of_norm() const;  // on the CPU
 
  private:
   void collect(const Group& group, int group_index, Py_ssize_t index);
+  bool fit_gradient(Entry* entry, const View& param, View* grad);
   bool read_states(Entry& entry, View* views);
   void read_state(const Entry& entry, PyObject* tensor, const py::str& key, const View& param,
                   View* view);
@@ -85,6 +105,7 @@ class StepPlan {
   const Kernels& kernels_;
   const TensorReader& reader_;
   const py::dict& state_;
+  const bool may_skip_;
   Py_ssize_t state_cursor_ = 0;
   bool in_order_ = true;  // each parameter's state was found behind that of the one before
   std::deque<Group> groups_;
@@ -96,6 +117,7 @@ class StepPlan {
   std::deque<Folded> folded_;
   Layouts layouts_;
   std::deque<Job> jobs_after_;
+  std::deque<std::vector<double>> alphas_;  // one a job of jobs_after_ that is on a device
 };
 
 }  // namespace fusedopt

@@ -1,19 +1,44 @@
 #include "step.h"
 
 #include <limits>
+#include <map>
 
+#include "cuda.h"
+#include "cuda_step.h"
+#include "overlap.h"
 #include "plan.h"
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+#include "emulated_device.h"
+#endif
 
 namespace fusedopt {
 
-Engine::Engine(const std::string& isa, bool fast_gather)
+static const cuda::Kernels* device_kernels(const std::string& device) {
+  if (device == "cuda") return cuda::compiled_kernels();
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+  if (device == "emulated") return cuda::emulated_kernels();
+#endif
+  if (device == "none") return nullptr;
+  throw py::value_error("device is '" + device + "', expected one of: cuda, none");
+}
+
+Engine::Engine(const std::string& isa, bool fast_gather, const std::string& device)
     : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
-      reader_(fast_gather) {}
+      device_kernels_(device_kernels(device)),
+      reader_(fast_gather, device_kernels_ != nullptr, device == "emulated") {}
+
+// ---- steps --------------------------------------------------------------------------------------
+
+// A number; one on a device is waited for.
+static double wait_for(const py::handle number) {
+  return py::cast<double>(PyFloat_Check(number.ptr()) ? py::reinterpret_borrow<py::object>(number)
+                                                      : number.attr("item")());
+}
 
 static Scaling read_scaling(const py::object& source) {
   Scaling scaling;
-  scaling.unscale = py::cast<double>(source.attr("unscale"));
-  scaling.coefficient = py::cast<double>(source.attr("coefficient"));
+  scaling.unscale = wait_for(source.attr("unscale"));
+  scaling.coefficient = wait_for(source.attr("coefficient"));
   scaling.skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
   const py::object max_norm = source.attr("max_norm");
   scaling.clip = !max_norm.is_none();
@@ -21,16 +46,21 @@ static Scaling read_scaling(const py::object& source) {
   return scaling;
 }
 
-std::pair<double, bool> Engine::step(const py::dict& state, const py::sequence& groups, int threads,
-                                     const py::object& scaling_source, const py::object& fallback,
-                                     const py::object& outside) const {
-  Scaling scaling = read_scaling(scaling_source);
-  const bool needs_norm = scaling.needs_norm();
-  StepPlan plan(kernels_, reader_, state, groups);
+py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int threads,
+                       const py::object& scaling_source, const py::object& fallback,
+                       const py::object& outside) const {
+  const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) ||
+                        !scaling_source.attr("skip").is_none();
+  StepPlan plan(kernels_, reader_, state, groups, may_skip);
   plan.collect();
   plan.fold_scalars();
   threads = useful_threads(plan.jobs(), threads);
+  if (device_kernels_ && plan.uses_devices()) {
+    return step_on_devices(&plan, scaling_source, threads, fallback, outside);
+  }
 
+  Scaling scaling = read_scaling(scaling_source);
+  const bool needs_norm = scaling.needs_norm();
   Verdict verdict{};
   const bool needs_python =
       plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
@@ -43,7 +73,7 @@ std::pair<double, bool> Engine::step(const py::dict& state, const py::sequence& 
     }
     if (!plan.outside.empty()) sum += py::cast<double>(outside(plan.outside));
     verdict = decide(scaling, sum);
-    if (verdict.skipped) return {verdict.norm, true};
+    if (verdict.skipped) return py::make_tuple(verdict.norm, true);
     scaling = {};
     scaling.coefficient = verdict.factor;
   }
@@ -61,33 +91,132 @@ std::pair<double, bool> Engine::step(const py::dict& state, const py::sequence& 
     plan.advance_plain_counts();
     plan.bump_versions();
   }
-  return {needs_norm ? verdict.norm : std::numeric_limits<double>::quiet_NaN(), verdict.skipped};
+  return py::make_tuple(needs_norm ? verdict.norm : std::numeric_limits<double>::quiet_NaN(),
+                        verdict.skipped);
 }
 
-std::pair<double, py::list> Engine::norm(const py::sequence& tensors, double order,
-                                         int threads) const {
+py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int threads,
+                                  const py::object& fallback, const py::object& outside) const {
+  std::vector<DeviceQueue> queues;
+  for (const int device : plan->devices()) {
+    queues.emplace_back(*device_kernels_, reader_, device);
+  }
+  const py::object skip = source.attr("skip");
+  const py::object max_norm = source.attr("max_norm");
+  const bool skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
+  const bool needs_norm = skip_nonfinite || !max_norm.is_none();
+  const bool may_skip = skip_nonfinite || !skip.is_none();
+  const std::vector<Job> host_jobs = plan->jobs_on(kHost);
+
+  // What the norm adds up: on the CPU, and elsewhere.
+  double sum = 0;
+  py::list sums;
+  if (needs_norm) {
+    {
+      py::gil_scoped_release unlocked;
+      sum = run_norm(kernels_, Norm::two, plan->jobs_of_norm(), threads);
+    }
+    if (!plan->outside.empty()) {
+      const py::object rest = outside(plan->outside);
+      if (PyFloat_Check(rest.ptr())) {
+        sum += py::cast<double>(rest);
+      } else {
+        sums.append(rest);
+      }
+    }
+  }
+
+  Scaling scaling;
+  py::object norm = py::float_(std::numeric_limits<double>::quiet_NaN());
+  py::object skipped = py::bool_(false);
+  // Whoever needs the verdict on the CPU waits for it.
+  if (!host_jobs.empty() || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
+    scaling = read_scaling(source);
+    if (needs_norm) {
+      for (DeviceQueue& queue : queues) {
+        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
+      }
+      for (const py::handle each : sums) sum += wait_for(each);
+    }
+    const Verdict verdict = decide(scaling, sum);
+    if (needs_norm) norm = py::float_(verdict.norm);
+    if (verdict.skipped || (!skip.is_none() && wait_for(skip) != 0)) {
+      return py::make_tuple(norm, true);
+    }
+    scaling = {};
+    scaling.coefficient = verdict.factor;
+  } else if (needs_norm || may_skip || !PyFloat_Check(source.attr("unscale").ptr()) ||
+             !PyFloat_Check(source.attr("coefficient").ptr())) {
+    if (needs_norm && queues.size() > 1) {  // each device needs the others' sums
+      for (DeviceQueue& queue : queues) {
+        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
+      }
+    }
+    for (DeviceQueue& queue : queues) {
+      const bool alone = needs_norm && queues.size() == 1;
+      queue.decide(source, sum, sums,
+                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>());
+    }
+    if (needs_norm) norm = queues[0].norm_result();
+    if (may_skip) skipped = queues[0].skipped_result();
+  } else {
+    scaling = read_scaling(source);
+  }
+
+  const double factor = scaling.unscale * scaling.coefficient;
+  if (!plan->unsupported.empty()) fallback(plan->unsupported, factor);
+  plan->create_missing_states();
+  for (const DeviceQueue& queue : queues) {
+    const bool in_order = any_overlap(plan->jobs_on(queue.device()));
+    queue.update(plan->updates(queue.device(), factor), in_order);
+    queue.update(plan->updates_after(queue.device()), in_order);
+  }
+  {
+    py::gil_scoped_release unlocked;
+    run_updates(plan->jobs_on(kHost), threads, factor);
+    plan->advance_counts();
+  }
+  plan->advance_plain_counts();
+  plan->bump_versions();
+  return py::make_tuple(norm, skipped);
+}
+
+// ---- norms --------------------------------------------------------------------------------------
+
+py::tuple Engine::norm(const py::sequence& tensors, double order, int threads) const {
   const Norm norm = order == 1 ? Norm::one : order == 2 ? Norm::two : Norm::inf;
   Held held;
   Layouts layouts;
   std::vector<Job> jobs;
+  std::map<int, std::vector<cuda::NormItem>> items;
   py::list others;
   for (const py::handle each : tensors) {
     auto tensor = py::reinterpret_borrow<py::object>(each);
     held.push_back(tensor);
     View view;
-    if (reader_.read(tensor.ptr(), &view, &held) && !view.is_local_part) {
+    const bool readable = reader_.read(tensor.ptr(), &view, &held) && !view.is_local_part;
+    if (readable && view.device == kHost) {
       set_norm(view, &layouts, &jobs.emplace_back());
+    } else if (readable && common_layout(&view, 1).empty()) {
+      items[view.device].push_back({view.data, view.numel, 0, view.dtype});
     } else {
       others.append(tensor);
     }
+  }
+  py::list sums;
+  for (const auto& [device, some] : items) {
+    sums.append(DeviceQueue(*device_kernels_, reader_, device).sum(norm, some));
   }
   double sum;
   {
     py::gil_scoped_release unlocked;
     sum = run_norm(kernels_, norm, jobs, useful_threads(jobs, threads));
   }
-  return {sum, others};
+  return py::make_tuple(sum, sums, others);
 }
+
+// ---- one rule, without an optimizer
+// --------------------------------------------------------------
 
 py::list Engine::apply(const std::string& rule_name, const std::vector<double>& scalars,
                        const py::sequence& rows, int threads) const {
@@ -103,7 +232,7 @@ py::list Engine::apply(const std::string& rule_name, const std::vector<double>& 
     for (size_t s = 0; s < tensors.size(); ++s) {
       held.push_back(tensors[s]);
       readable = readable && reader_.read(held.back().ptr(), &views[s], &held) &&
-                 same_shape(views[0], views[s]);
+                 views[s].device == kHost && same_shape(views[0], views[s]);
     }
     if (!readable) {
       others.append(row);
@@ -139,7 +268,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     const py::object tensor = tensors[s];
     held.push_back(tensor);
     if (!reader_.read(tensor.ptr(), &views[s], &held) || !same_shape(views[0], views[s])) {
-      throw py::value_error("tensors[" + std::to_string(s) + "] is no CPU tensor of this shape");
+      throw py::value_error("tensors[" + std::to_string(s) + "] is no tensor of this shape here");
     }
   }
   Layouts layouts;
@@ -147,6 +276,22 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
   set_streams(views, kFirstState + rule.states, &layouts, &jobs[0]);
   set_rule(rule, scalars.data(), &jobs[0]);
   jobs[0].grad_scale = grad_scale;
+  if (views[0].device != kHost) {
+    cuda::Streams streams;
+    if (jobs[0].layout || !cuda::can_access(jobs[0].streams, jobs[0].stream_count, &streams)) {
+      throw py::value_error("no kernel of a device takes tensors of these strides and dtypes");
+    }
+    const DeviceQueue queue(*device_kernels_, reader_, views[0].device);
+    queue.update({{static_cast<int>(&rule - kernels_.rules),
+                   &scalars,
+                   grad_scale,
+                   {},
+                   jobs[0].numel,
+                   jobs[0].streams,
+                   jobs[0].stream_count}},
+                 /*in_order=*/false);
+    return;
+  }
   py::gil_scoped_release unlocked;
   run_updates(jobs, threads, 1);
 }

@@ -27,10 +27,10 @@ struct DLPackExchangeAPI {
 };
 static_assert(sizeof(DLPackExchangeAPI) == 56, "DLPack 1.x layout");
 
-enum { kDLCPU = 1, kDLCUDAHost = 3 };
+enum { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3 };
 enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 
-TensorReader::TensorReader(bool fast) {
+TensorReader::TensorReader(bool fast, bool cuda, bool emulated) : cuda_(cuda), emulated_(emulated) {
   const auto torch = py::module_::import("torch");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
@@ -41,7 +41,21 @@ TensorReader::TensorReader(bool fast) {
       static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   while (api && api->major != 1) api = api->previous;
-  if (api) from_py_object_ = api->from_py_object;
+  if (!api) return;
+  from_py_object_ = api->from_py_object;
+  current_work_stream_ = api->current_work_stream;
+}
+
+void* TensorReader::current_stream(int device) const {
+  void* stream = nullptr;
+  if (emulated_) return stream;
+  if (current_work_stream_) {
+    if (current_work_stream_(kDLCUDA, device, &stream)) throw py::error_already_set();
+    return stream;
+  }
+  const py::object current =
+      py::module_::import("torch").attr("cuda").attr("current_stream")(device);
+  return reinterpret_cast<void*>(py::cast<uintptr_t>(current.attr("cuda_stream")));
 }
 
 bool TensorReader::is_plain(PyObject* object) const {
@@ -118,11 +132,14 @@ bool TensorReader::read_attributes(PyObject* object, DLTensor* tensor, Held* hel
   const bool known = dtype == "torch.float32" || dtype == "torch.float64" ||
                      dtype == "torch.float16" || dtype == "torch.bfloat16" ||
                      dtype == "torch.int64";
+  const auto device = self.attr("device");
+  const auto device_type = py::cast<std::string>(device.attr("type"));
   if (!known || py::cast<std::string>(self.attr("layout").attr("__str__")()) != "torch.strided" ||
-      py::cast<std::string>(self.attr("device").attr("type")) != "cpu") {
+      (device_type != "cpu" && device_type != "cuda")) {
     return false;
   }
-  tensor->device_type = kDLCPU;
+  tensor->device_type = device_type == "cpu" ? kDLCPU : kDLCUDA;
+  tensor->device_id = device_type == "cpu" ? 0 : py::cast<int32_t>(device.attr("index"));
   tensor->data = reinterpret_cast<void*>(py::cast<uintptr_t>(self.attr("data_ptr")()));
   const auto shape = py::cast<py::tuple>(self.attr("shape"));
   const auto strides = py::cast<py::tuple>(self.attr("stride")());
@@ -144,8 +161,11 @@ static char* data_of(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-static bool on_cpu(const DLTensor& tensor) {
-  return tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
+// False if nothing here can be done there.
+bool TensorReader::find_device(const DLTensor& tensor, int* device) const {
+  const bool on_cpu = tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
+  *device = on_cpu ? (emulated_ ? 0 : kHost) : tensor.device_id;
+  return on_cpu || (cuda_ && tensor.device_type == kDLCUDA);
 }
 
 // A fake tensor and a wrapper have none.
@@ -157,7 +177,7 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
   DLTensor tensor;
   PyObject* const local = local_part(object, held);
   if (!local || !read_dltensor(local, &tensor, held)) return false;
-  if (!on_cpu(tensor) || tensor.type_lanes != 1) return false;
+  if (!find_device(tensor, &view->device) || tensor.type_lanes != 1) return false;
   const int bits = tensor.type_bits;
   if (tensor.type_code == kDLFloat && (bits == 16 || bits == 32 || bits == 64)) {
     view->dtype = bits == 32 ? DType::f32 : bits == 64 ? DType::f64 : DType::f16;
@@ -183,7 +203,9 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
   DLTensor tensor;
   PyObject* const local = local_part(object, held);
-  if (!local || !read_dltensor(local, &tensor, held) || !on_cpu(tensor)) return false;
+  if (!local || !read_dltensor(local, &tensor, held)) return false;
+  if (!find_device(tensor, &count->device)) return false;
+  if (emulated_) count->device = kHost;
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] != 1) return false;
   }

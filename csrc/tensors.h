@@ -18,7 +18,10 @@ struct DLTensor;
 // References to the Python objects whose memory is in use.
 using Held = std::vector<py::object>;
 
-// A strided CPU tensor of a supported dtype. `shape` and `strides` live as long as the tensor.
+constexpr int kHost = -1;
+
+// A strided tensor of a supported dtype, on the CPU or on a CUDA device. `shape` and `strides` live
+// as long as the tensor.
 struct View {
   char* data = nullptr;
   int64_t numel = 0;
@@ -26,26 +29,34 @@ struct View {
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;
   DType dtype = DType::f32;
+  int device = kHost;
   bool contiguous = false;     // the strides are those of a C array, also where a size is 1
   bool is_local_part = false;  // of a tensor that several processes share
 };
 
 class TensorReader {
  public:
-  explicit TensorReader(bool fast);  // fast: use the exchange API if torch has it
+  // fast: use the exchange API if torch has it. emulated: take tensors on the CPU to be on cuda:0.
+  TensorReader(bool fast, bool cuda, bool emulated);
   bool fast() const { return from_py_object_ != nullptr; }
+  bool emulated() const { return emulated_; }
 
   // param.grad, a DTensor's with the placements of the parameter.
   py::object grad(PyObject* param) const;
 
-  // False, with no Python error set, for anything but a strided CPU tensor of a supported dtype.
+  // The stream that torch uses now.
+  void* current_stream(int device) const;
+
+  // False, with no Python error set, for anything but a strided tensor of a supported dtype on the
+  // CPU or, if `cuda`, on a CUDA device.
   // A DTensor is read as its local shard.
   bool read(PyObject* object, View* view, Held* held) const;
 
-  // The single element of a CPU tensor that counts steps.
+  // The single element of a tensor that counts steps; on a device, a float32 one.
   struct Count {
-    enum { f32, f64, i64 } type;
-    void* data;
+    enum { f32, f64, i64 } type = f32;
+    void* data = nullptr;
+    int device = kHost;
 
     double get() const;
     void increment() const;
@@ -58,10 +69,13 @@ class TensorReader {
   PyObject* local_part(PyObject* object, Held* held) const;
   bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
+  bool find_device(const DLTensor& tensor, int* device) const;
 
   py::object tensor_, parameter_;  // the two plain types: no wrapper, no override
   py::object grad_;                // the descriptor of torch.Tensor.grad
   int (*from_py_object_)(void*, DLTensor*) = nullptr;
+  int (*current_work_stream_)(int32_t, int32_t, void**) = nullptr;
+  bool cuda_, emulated_;
 };
 
 inline bool same_shape(const View& a, const View& b) {

@@ -7,9 +7,42 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fusedopt import _core, _engine
 from tests.helpers import slow_gather
 
 torch.set_warn_always(True)  # or a test would pass because an earlier one has used up a warning
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "emulated", "cuda"],
+        default="cpu",
+        help="where parameters are: cuda makes new tensors there, emulated lets the CPU play a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only(why): not a test of what devices do")
+    device = config.getoption("--device")
+    if device == "emulated":
+        _engine.engine = _core.Engine(device="emulated")
+    if device == "cuda":
+        torch.set_default_device("cuda")
+    if (
+        device != "cpu"
+    ):  # there, torch steps what is not an array; the numbers are still to be right
+        config.addinivalue_line(
+            "filterwarnings", "ignore:.*torch's own implementation steps them:UserWarning"
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        return
+    others = [item for item in items if item.get_closest_marker("cpu_only")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if not item.get_closest_marker("cpu_only")]
 
 
 @pytest.fixture(params=["fast", "slow"])

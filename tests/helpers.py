@@ -23,6 +23,8 @@ from fusedopt import _core, _engine
 from tests.registry import CONFIGS, DTYPES, PLAIN_CONFIGS, Config
 
 ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
+if _core.emulated_device:
+    ENGINES["device"] = _core.Engine(device="emulated")
 
 each_isa = pytest.mark.parametrize("isa", ENGINES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,8 +47,9 @@ RTOL = 1e-9
 
 def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return normal numbers: the same for every dtype, but for rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 def parameters(
@@ -160,7 +163,8 @@ def assert_same_state(
 def slow_gather() -> Iterator[None]:
     """Read tensors through Python attributes, as where torch lacks the DLPack exchange API."""
     engine = _engine.engine
-    _engine.engine = _core.Engine(isa=engine.isa, fast_gather=False)
+    device = "emulated" if engine.emulated else "cuda"
+    _engine.engine = _core.Engine(isa=engine.isa, fast_gather=False, device=device)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ def reference_update(
             g * (sign * grad_scale),
             *states,
             **optimizer._scalars(group, t),
-            flags=optimizer._flags(group, t),
+            flags=optimizer._rule(group).flags,
         )
     stored = [streams[0], *streams[2:]]
     assert all(x.dtype == p.dtype for x in updated), "the reference left compute precision"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 USE = """
 import torch
-from fusedopt import SignSGD
+from fusedopt import SignSGD, _core, _engine
 from tests.reference import reference_update, same_bits
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -26,6 +26,19 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     optimizer.step()
     assert same_bits(p, expected)
     assert not same_bits(p, before)
+
+# The kernels and fold() of GPUs, on one that the CPU plays.
+def trained(lr):
+    p = torch.linspace(-1, 1, 1001).requires_grad_()
+    p.grad = torch.linspace(1, -2, 1001)
+    optimizer = SignSGD([p], lr=lr, weight_decay=0.3)
+    optimizer.step()
+    return p.detach()
+
+on_cpu = trained(0.1)
+_engine.engine = _core.Engine(device="emulated")
+assert same_bits(trained(0.1), on_cpu)
+assert same_bits(trained(torch.tensor(0.1, dtype=torch.float64)), on_cpu)
 """
 
 
@@ -64,6 +77,7 @@ def test_the_page_is_complete(tmp_path: Path) -> None:
 
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     install += ["--no-build-isolation", f"--target={site}", "-Ccmake.define.FUSEDOPT_ISAS=generic"]
+    install += ["-Ccmake.define.FUSEDOPT_CUDA=OFF", "-Ccmake.define.FUSEDOPT_EMULATED_DEVICE=ON"]
     subprocess.run([*install, str(source)], check=True)
     environment = {k: v for k, v in os.environ.items() if k != "FUSEDOPT_ISA"}
     environment["PYTHONPATH"] = f"{site}:{source}"

@@ -72,6 +72,7 @@ def changes(optimizer: Optimizer, before: dict[str, Any]) -> list[str]:
     return [name for name in before | after if before.get(name) != after.get(name)]
 
 
+@pytest.mark.cpu_only("messages name the device")
 @pytest.mark.filterwarnings("ignore:fusedopt")
 @each_bad_input
 def test_message_names_all_and_nothing_has_changed(bad: BadInput, gather: str) -> None:
@@ -121,6 +122,7 @@ def test_hyper_parameters_that_cannot_be_read_change_nothing(
     assert changes(optimizer, before) == []
 
 
+@pytest.mark.cpu_only("the warning is ignored with --device")
 def test_a_warning_that_is_made_an_error_changes_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

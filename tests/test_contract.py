@@ -363,6 +363,7 @@ def test_buffers_have_the_strides_of_zeros_like(config: Config, layout: str) -> 
     assert all(buffer.stride() == expected for buffer in buffers.values())
 
 
+@pytest.mark.cpu_only("torch steps float64 states of others on devices")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @each_config
 def test_states_of_another_dtype_are_used_as_they_are(config: Config, dtype: torch.dtype) -> None:
@@ -803,6 +804,7 @@ def test_every_dtype_is_computed_wide_and_rounded_once(
             assert_same_bits(value, wide_optimizer.state[wide_p][key].to(value.dtype))
 
 
+@pytest.mark.cpu_only("torch steps strided parameters on devices")
 @each_layout
 @each_optimizer
 def test_any_layout_gives_the_bits_of_the_contiguous_one(
@@ -842,6 +844,7 @@ OVERLAPS: dict[str, Callable[[Tensor], list[Tensor]]] = {
 }
 
 
+@pytest.mark.cpu_only("torch steps strided parameters on devices, first")
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @each_optimizer
 def test_one_storage_seen_through_several_parameters(

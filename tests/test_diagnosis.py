@@ -12,6 +12,7 @@ import torch
 
 import fusedopt
 from fusedopt import __main__ as diagnosis
+from fusedopt import _core
 
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,19 @@ def test_report() -> None:
     best = fusedopt.isas()[0]
     assert facts["isa"] == f"{best}, of {', '.join(fusedopt.isas())}; FUSEDOPT_ISA not set"
     assert facts["threads"].endswith("OMP_NUM_THREADS not set")
-    assert facts["cuda"] == "none: parameters on cuda are stepped by torch"
+    no_kernels = "no kernels in this build: torch steps parameters on cuda"
+    assert facts["cuda"].startswith(_core.cuda_archs or no_kernels)
+
+
+def test_report_of_cuda() -> None:
+    devices = ["NVIDIA H100 (sm_90)", "NVIDIA A100 (sm_80)"]
+    assert (
+        diagnosis._cuda("", 13000, devices)
+        == "no kernels in this build: torch steps parameters on cuda"
+    )
+    assert diagnosis._cuda("sm_80 sm_90", 0, []) == "sm_80 sm_90; driver none; devices none"
+    report = diagnosis._cuda("sm_80 sm_90", 12040, devices)
+    assert report == f"sm_80 sm_90; driver 12.4; devices {devices[0]}, {devices[1]}"
 
 
 def test_report_names_what_the_environment_forces() -> None:

@@ -81,6 +81,7 @@ def test_gradient_laid_out_differently_from_the_parameter(
     assert_same_state(actual, expected, assert_within)
 
 
+@pytest.mark.cpu_only("torch steps strided parameters on devices")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_optimizer
 def test_strided_parameter_view_only_the_view_changes(config: Config, dtype: torch.dtype) -> None:

@@ -4,7 +4,9 @@
 template <class T, bool kDecay>
 struct Adagrad {
   static constexpr int kStates = 1;
-  T weight_decay, eps, step_size;
+  T weight_decay, eps, lr_decay, step_size;
+
+  FUSEDOPT_FN void fold(double lr, double t) { step_size = lr / (1 + (t - 1) * lr_decay); }
 
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {

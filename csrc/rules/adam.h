@@ -9,6 +9,12 @@ struct Adam {
   T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_bias2, eps,
       step_size;
 
+  FUSEDOPT_FN void fold(double lr, double t) {
+    decay = kCoupled ? 1 : 1 - lr * weight_decay;
+    inv_sqrt_bias2 = 1 / sqrt(1 - pow(beta2, t));
+    step_size = lr / (1 - pow(beta1, t));
+  }
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     V& m = state[0];

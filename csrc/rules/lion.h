@@ -4,7 +4,12 @@
 template <class T>
 struct Lion {
   static constexpr int kStates = 1;
-  T decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
+  T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
+
+  FUSEDOPT_FN void fold(double new_lr, double) {
+    decay = 1 - new_lr * weight_decay;
+    lr = new_lr;
+  }
 
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {

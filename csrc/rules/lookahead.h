@@ -7,6 +7,8 @@ struct Lookahead {
   static constexpr int kStates = 1;
   T alpha;
 
+  FUSEDOPT_FN void fold(double, double) {}
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V, V* state) const {
     V& slow = state[0];

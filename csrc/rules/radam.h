@@ -1,12 +1,24 @@
-// Rectified Adam (Liu et al. 2019, arXiv:1908.03265). kRectified depends on the step: before
-// sqrt(v) means anything, nothing is divided by it. Without coupled decay,
-// decay = 1 - lr * weight_decay; step_size has the bias corrections and, with kRectified, the
-// rectification. Readable spec: reference() in python/fusedopt/radam.py
+// Rectified Adam (Liu et al. 2019, arXiv:1908.03265). Until `rectified` is 1, sqrt(v) means nothing
+// yet, and nothing is divided by it. Without coupled decay, decay = 1 - lr * weight_decay;
+// step_size has the bias corrections and the rectification. Readable spec: reference() in
+// python/fusedopt/radam.py
 
-template <class T, bool kCoupled, bool kRectified>
+template <class T, bool kCoupled>
 struct RAdam {
   static constexpr int kStates = 2;
-  T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size;
+  T weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, rectified;
+
+  FUSEDOPT_FN void fold(double lr, double t) {
+    decay = kCoupled ? 1 : 1 - lr * weight_decay;
+    step_size = lr / (1 - pow(beta1, t));
+    const double rho_inf = 2 / (1 - beta2) - 1;
+    const double rho = rho_inf - 2 * t * pow(beta2, t) / (1 - pow(beta2, t));
+    rectified = rho > 5;
+    if (rho > 5) {
+      step_size *= sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) *
+                   sqrt(1 - pow(beta2, t));
+    }
+  }
 
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
@@ -20,7 +32,7 @@ struct RAdam {
     m = m * beta1 + g * one_minus_beta1;
     v = v * beta2 + (g * g) * one_minus_beta2;
     V update = m * step_size;
-    if constexpr (kRectified) update = update / (sqrt(v) + eps);
+    if (rectified != 0) update = update / (sqrt(v) + eps);  // the same for all elements of a step
     p = p - update;
   }
 };

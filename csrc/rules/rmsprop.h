@@ -6,6 +6,8 @@ struct RmsProp {
   static constexpr int kStates = 1 + kCentered + kMomentum;
   T weight_decay, alpha, one_minus_alpha, eps, momentum, lr;
 
+  FUSEDOPT_FN void fold(double new_lr, double) { lr = new_lr; }
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     V& v = state[0];

@@ -5,6 +5,8 @@ struct Scale {
   static constexpr int kStates = 0;
   T factor;
 
+  FUSEDOPT_FN void fold(double, double) {}
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V*) const {
     p = g * factor;

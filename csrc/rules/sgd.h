@@ -6,6 +6,8 @@ struct Sgd {
   static constexpr int kStates = 0;
   T weight_decay, lr;
 
+  FUSEDOPT_FN void fold(double new_lr, double) { lr = new_lr; }
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V*) const {
     if constexpr (kDecay) g = g + p * weight_decay;
@@ -18,6 +20,8 @@ template <class T, bool kDecay, bool kNesterov>
 struct SgdMomentum {
   static constexpr int kStates = 1;
   T weight_decay, momentum_in, grad_weight, momentum, lr;
+
+  FUSEDOPT_FN void fold(double new_lr, double) { lr = new_lr; }
 
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {

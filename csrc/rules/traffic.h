@@ -6,6 +6,8 @@ struct Traffic {
   static constexpr int kStates = 2;
   T weight;
 
+  FUSEDOPT_FN void fold(double, double) {}
+
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     g = g * weight;

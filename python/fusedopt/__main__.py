@@ -27,7 +27,7 @@ def report() -> str:
         "threads": _threads(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), _cores()),
         "openmp": _openmp(),
         "gather": "fast, by DLPack's exchange API" if engine.fast_gather else "slow, by attributes",
-        "cuda": "none: parameters on cuda are stepped by torch",
+        "cuda": _cuda(_core.cuda_archs, _core.cuda_driver_version(), _core.cuda_devices()),
     }
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
 
@@ -57,6 +57,14 @@ def _threads(threads: int, omp_num_threads: str | None, cores: int) -> str:
     if omp_num_threads == "1" and threads == 1 < cores:
         text += f" leaves {cores - 1} idle: raise it, or call torch.set_num_threads"
     return text
+
+
+def _cuda(archs: str, driver: int, devices: list[str]) -> str:
+    """Describe the CUDA kernels, the newest CUDA that the driver knows, and the devices."""
+    if not archs:
+        return "no kernels in this build: torch steps parameters on cuda"
+    version = f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+    return f"{archs}; driver {version}; devices {', '.join(devices) or 'none'}"
 
 
 def _openmp() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt import _engine, clip
 from fusedopt._clipping import Clips, Pending
-from fusedopt._engine import Group, Scaling, hide_step_from_dynamo
+from fusedopt._engine import Group, Scaling, hide_step_from_dynamo, number, on_device
 from fusedopt._fallback import FallsBack
 
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
@@ -24,8 +24,7 @@ class Rule(NamedTuple):
     name: str
     """As registered in csrc/rules.h."""
     flags: tuple[bool, ...]
-    """The bool template parameters of the rule, in order; those that depend on t are last and not
-    here: see `Fused._flags`."""
+    """The bool template parameters of the rule, in order."""
     states: tuple[str, ...]
     """Keys of the state tensors, in the order in which the rule takes them."""
     counts_steps: bool
@@ -64,11 +63,8 @@ class Fused(Clips, FallsBack):
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     amp_scaling: bool = False
-    skipped_steps: int = 0
-    """How many steps were skipped: for non-finite gradients (with ``skip_nonfinite``), or because a
-    GradScaler told the step to (with ``amp_scaling``, or a `fusedopt.GradScaler`)."""
-
-    _skipped: bool = False  # whether the last step was
+    _skipped: bool | Tensor = False  # whether the last step was
+    _skipped_steps: int | Tensor = 0
 
     def __init__(
         self,
@@ -90,15 +86,25 @@ class Fused(Clips, FallsBack):
         cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]  # only inspect reads it
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "skip_nonfinite", "amp_scaling", "skipped_steps")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = ("max_grad_norm", "skip_nonfinite", "amp_scaling")
+        own = {name: getattr(self, name) for name in kept}
+        return {**super().__getstate__(), **own, "_skipped_steps": self.skipped_steps}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped; waits for the device that counts them, if one does.
+
+        For non-finite gradients (with ``skip_nonfinite``), or because a GradScaler told the step to
+        (with ``amp_scaling``, or a `fusedopt.GradScaler`).
+        """
+        return int(self._skipped_steps)
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped_steps = value
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
-
-    def _flags(self, group: dict[str, Any], t: float) -> tuple[bool, ...]:
-        """Return all flags of the rule for step number t."""
-        return self._rule(group).flags
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         """Return the rule's scalars for step number t, in the order of its fields, in double.
@@ -132,8 +138,10 @@ class Fused(Clips, FallsBack):
             with torch.enable_grad():
                 loss = closure()
         pending = self._still_pending()
-        scaling = self._scaling(pending.coefficient)
+        scaling = self._scaling(pending)
         asked = scaling.max_norm is not None or self.skip_nonfinite
+        norm: float | Tensor
+        skipped: bool | Tensor
         if self._is_to_skip(pending):
             norm, skipped = self._norm_of_gradients(scaling) if asked else math.nan, True
         else:
@@ -141,10 +149,12 @@ class Fused(Clips, FallsBack):
         self._norm = norm if asked else pending.norm
         self._pending = Pending()
         self._skipped = skipped
-        self.skipped_steps += skipped
+        self._skipped_steps = self._skipped_steps + skipped  # a tensor once a device has counted
         return loss
 
-    def _update(self, groups: list[dict[str, Any]], scaling: Scaling) -> tuple[float, bool]:
+    def _update(
+        self, groups: list[dict[str, Any]], scaling: Scaling
+    ) -> tuple[float | Tensor, bool | Tensor]:
         """Step what has a gradient in these groups; return its norm, and whether that skipped."""
         return _engine.engine.step(
             self.state,
@@ -193,35 +203,54 @@ class Fused(Clips, FallsBack):
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)
-
-        def fold(t: float) -> tuple[int, dict[str, float]]:
-            flags = sum(flag << bit for bit, flag in enumerate(self._flags(group, t)))
-            return flags, self._scalars(group, t)
-
+        lr = group["lr"]
+        if _is_read_there(lr) and on_device(next(iter(group["params"]), None)):
+            group = {**group, "lr": 1.0}  # the device folds it
+        else:
+            lr = number(lr)
         return Group(
             params=group["params"],
             names=group.get("param_names"),
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
+            flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
             states=rule.states + ((SLOW,) if self._lookahead else ()),
             has_slow=self._lookahead is not None,
             alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
             counts_steps=rule.counts_steps,
+            counts_on_device=bool(group.get("capturable")),
+            starts_unlike=bool(group.get("dampening")),
             grad_scale=-1.0 if group["maximize"] else 1.0,
-            fold=fold,
-            create_state=lambda p: self._create_state(rule, p),
+            lr=lr,
+            fold=lambda t: self._scalars(group, t),
+            create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),
+            move_count=self._move_count,
         )
 
-    def _create_state(self, rule: Rule, p: Tensor) -> None:
+    def _create_state(self, rule: Rule, p: Tensor, capturable: bool = False) -> None:
         """Add what the rule needs and the state of p lacks."""
         state = self.state[p]
         if rule.counts_steps and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            device = p.device if capturable else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for name in rule.states:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if self._lookahead and state.get(SLOW) is None:
             state[SLOW] = p.detach().clone(memory_format=torch.preserve_format)
+
+    def _move_count(self, p: Tensor, steps: float) -> None:
+        self.state[p]["step"] = torch.full((), steps, dtype=torch.float32, device=p.device)
+
+
+def _is_read_there(lr: float | Tensor) -> bool:
+    """Return whether a device folds this learning rate, so that nobody waits for it."""
+    return (
+        isinstance(lr, Tensor)
+        and on_device(lr)
+        and lr.numel() == 1
+        and lr.dtype in (torch.float32, torch.float64)
+    )
 
 
 def _signature(cls: type[Fused]) -> inspect.Signature:

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt import _core, _engine, clip
+from fusedopt import _engine, clip
 from fusedopt._engine import Scaling
 
 
 class Pending(NamedTuple):
     """What `Fused.clip_grad_norm_` has found out for the next step."""
 
-    coefficient: float = 1.0
-    norm: float | None = None
+    coefficient: float | Tensor = 1.0
+    norm: float | Tensor | None = None
     mark: tuple[Tensor, Tensor, int] | None = None
     """Whose norm it is: the smallest gradient, its parameter and its version."""
+
+
+_NOTHING = Pending()
 
 
 def found_inf(optimizer: Optimizer) -> bool:
@@ -35,29 +38,43 @@ class Clips(Optimizer):
     skip_nonfinite: bool
     amp_scaling: bool
 
-    _norm: float | None = None  # what grad_norm returns
+    _norm: float | Tensor | None = None  # what grad_norm returns
     _pending: Pending = Pending()
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
     _released: bool = False  # by release_gradients
 
     # ---- what is asked of a step -------------------------------------------------------------
 
-    def _scaling(self, coefficient: float = 1.0) -> Scaling:
+    def _scaling(self, pending: Pending = _NOTHING) -> Scaling:
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         norm = self.max_grad_norm
         scaling = Scaling(
-            unscale=1.0 if scale is None else 1.0 / _engine.number(scale),
-            coefficient=coefficient,
+            unscale=1.0 if scale is None else 1.0 / _engine.number_or_device(scale),
+            coefficient=pending.coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
+            skip=self._unknown_skip(pending),
         )
-        if scaling != Scaling():
+        # (Not by !=: to compare a tensor would be to wait for it.)
+        if any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling():
             self._refuse_if_released()
         return scaling
 
     def _is_to_skip(self, pending: Pending) -> bool:
         """Return whether it is known before the step that gradients are infinite or NaN."""
-        return found_inf(self) or (self.skip_nonfinite and not math.isfinite(pending.norm or 0.0))
+        found = not _engine.on_device(getattr(self, "found_inf", None)) and found_inf(self)
+        norm = pending.norm
+        return found or (
+            self.skip_nonfinite and not isinstance(norm, Tensor) and not math.isfinite(norm or 0.0)
+        )
+
+    def _unknown_skip(self, pending: Pending) -> Tensor | None:
+        """Return what a device knows of that: not 0 if they are; None if none knows anything."""
+        found = getattr(self, "found_inf", None)
+        skips = [found.double()] if found is not None and _engine.on_device(found) else []
+        if self.skip_nonfinite and isinstance(pending.norm, Tensor):
+            skips.append((~pending.norm.isfinite()).double())
+        return torch.stack([x.reshape(()) for x in skips]).sum() if skips else None
 
     def _refuse_if_released(self) -> None:
         """Raise an error if gradients are gone before what was asked of them can be known."""
@@ -79,7 +96,9 @@ class Clips(Optimizer):
         """
         return None if self._norm is None else self._as_tensor(self._norm)
 
-    def _as_tensor(self, norm: float) -> Tensor:
+    def _as_tensor(self, norm: float | Tensor) -> Tensor:
+        if isinstance(norm, Tensor):
+            return norm.float()
         device = next((p.device for p in self._parameters()), None)
         return torch.tensor(norm, dtype=torch.float32, device=device)
 
@@ -133,7 +152,7 @@ class Clips(Optimizer):
         """
         self._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
-        norm = _engine.number(whole() if whole else total_norm)
+        norm = _engine.number_or_device(whole() if whole else total_norm)
         max_norm = clip.valid_max_norm(max_norm)
         self._clip_by(max_norm, norm, self._still_pending(unchanged=True))
 
@@ -142,8 +161,8 @@ class Clips(Optimizer):
         self._pending = Pending()
         super().zero_grad(set_to_none)
 
-    def _clip_by(self, max_norm: float, norm: float, before: Pending) -> None:
-        coefficient = before.coefficient * _core.clip_coefficient(norm, max_norm)
+    def _clip_by(self, max_norm: float, norm: float | Tensor, before: Pending) -> None:
+        coefficient = before.coefficient * clip.coefficient(norm, max_norm)
         pairs = [(p, p.grad) for p in self._parameters() if p.grad is not None]
         mark = None
         if pairs:
@@ -169,7 +188,7 @@ class Clips(Optimizer):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters() if p.grad is not None]
 
-    def _norm_of_gradients(self, scaling: Scaling) -> float:
+    def _norm_of_gradients(self, scaling: Scaling) -> float | Tensor:
         return clip.total_norm(self._gradients(), 2) * scaling.unscale
 
     # Where this is set, a GradScaler leaves the scale of the gradients to `step`.

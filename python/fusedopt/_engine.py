@@ -23,6 +23,18 @@ def number(x: float | Tensor) -> float:
     return float(x.item() if isinstance(x, Tensor) else x)
 
 
+def on_device(x: object) -> bool:
+    """Return whether x is a tensor that the engine's device kernels work on."""
+    if not isinstance(x, Tensor):
+        return False
+    return x.device.type == ("cpu" if engine.emulated else "cuda") and engine.has_cuda
+
+
+def number_or_device(x: float | Tensor) -> float | Tensor:
+    """Return a number, or a tensor on a device as float64: nobody waits for that."""
+    return x.detach().double() if isinstance(x, Tensor) and on_device(x) else number(x)
+
+
 def hide_step_from_dynamo(cls: type[Any]) -> None:
     """Hide the step of a class whose step torch has hooked, hooks and all: they warn, too."""
     if not getattr(cls.step, "hidden_from_dynamo", False):
@@ -37,24 +49,35 @@ class Group(NamedTuple):
     names: list[str] | None
     has_kernel: bool
     rule: str
+    flags: int
     states: tuple[str, ...]
     has_slow: bool
     alpha: float
     counts_steps: bool
+    counts_on_device: bool
+    starts_unlike: bool
     grad_scale: float
-    fold: Callable[[float], tuple[int, dict[str, float]]]
-    """Flags, as bits, and scalars of the rule for step number t."""
+    lr: float | Tensor
+    fold: Callable[[float], dict[str, float]]
+    """Scalars of the rule for step number t; where lr is on a device, for some other lr."""
     create_state: Callable[[Tensor], None]
+    move_count: Callable[[Tensor, float], None]
+    """Put so many steps into the state of a parameter, on its device."""
 
 
 class Scaling(NamedTuple):
-    """What a step does to all gradients before the rules see them, as csrc/step.cpp reads it."""
+    """What a step does to all gradients before the rules see them, as csrc/step.cpp reads it.
 
-    unscale: float = 1.0
+    Tensors are 0-dim float64 ones on a device.
+    """
+
+    unscale: float | Tensor = 1.0
     """One over the scale of the loss."""
-    coefficient: float = 1.0
+    coefficient: float | Tensor = 1.0
     """One more factor, from `Fused.clip_grad_norm_`."""
     max_norm: float | None = None
     """Clip to this norm."""
     skip_nonfinite: bool = False
     """Update nothing if the norm is infinite or NaN."""
+    skip: Tensor | None = None
+    """Update nothing if this is not 0."""

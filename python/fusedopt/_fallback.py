@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt import _engine
+
 if TYPE_CHECKING:
     from fusedopt.lookahead import Lookahead
 
@@ -103,7 +105,7 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
     assert p.grad is not None
     if group.get("differentiable"):
         return "differentiable=True"
-    if p.device.type != "cpu":
+    if p.device.type != "cpu" and not _engine.on_device(p):
         return f"parameters on {p.device.type}"
     if _is_sparse(p):
         return "sparse gradients"
@@ -111,4 +113,8 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
         return "complex parameters"
     if p.is_neg():
         return "parameters that torch has yet to negate"
+    if _engine.on_device(p):
+        if torch.empty_like(p, device="meta").stride() != p.stride():
+            return f"parameters on {p.device.type} with gaps between their elements"
+        return f"parameters of {p.dtype} on {p.device.type} with states of another precision"
     return f"{type(p).__name__} parameters of {p.dtype} with gradients of {p.grad.dtype}"

@@ -36,6 +36,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
         return {
             "weight_decay": number(group["weight_decay"]),
             "eps": number(group["eps"]),
+            "lr_decay": number(group["lr_decay"]),
             "step_size": number(group["lr"]) / (1 + (t - 1) * number(group["lr_decay"])),
         }
 
@@ -47,6 +48,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
         *,
         weight_decay: float,
         eps: float,
+        lr_decay: float,
         step_size: float,
         flags: tuple[bool, ...],
     ) -> tuple[Any, ...]:
@@ -57,10 +59,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
         p = p - g / (sum**0.5 + eps) * step_size
         return p, sum
 
-    def _create_state(self, rule: Rule, p: Tensor) -> None:
+    def _create_state(self, rule: Rule, p: Tensor, capturable: bool = False) -> None:
         """Make the sum start where the constructor's argument says, as torch does."""
         absent = self.state[p].get("sum") is None
-        super()._create_state(rule, p)
+        super()._create_state(rule, p, capturable)
         if absent:
             self.state[p]["sum"].fill_(self.defaults["initial_accumulator_value"])
 

@@ -41,7 +41,7 @@ class GradScaler(torch.amp.GradScaler):
             raise
         finally:
             fused._scaler_asks = False
-        self._record(optimizer, float(fused._skipped))
+        self._record(optimizer, fused._skipped)
         return result
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
@@ -52,13 +52,18 @@ class GradScaler(torch.amp.GradScaler):
         """Let torch go on without a pass of its own where the optimizer will do it."""
         fused = _fused(optimizer)
         if fused is not None and fused._scaler_asks:
-            return self._record(optimizer, 0.0)
+            return self._record(optimizer, False)
         return super()._check_inf_per_device(optimizer)
 
-    def _record(self, optimizer: Optimizer, found_inf: float) -> dict[torch.device, torch.Tensor]:
+    def _record(
+        self, optimizer: Optimizer, skipped: bool | torch.Tensor
+    ) -> dict[torch.device, torch.Tensor]:
         assert self._scale is not None
         device = self._scale.device
-        found = {device: torch.tensor(found_inf, dtype=torch.float32, device=device)}
+        if isinstance(skipped, torch.Tensor):
+            found = {device: skipped.to(device, torch.float32, non_blocking=True)}
+        else:
+            found = {device: torch.full((), float(skipped), dtype=torch.float32, device=device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 

@@ -21,10 +21,17 @@ def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float
     """Return the norm of all elements of numpy arrays: what the engine computes, bit for bit.
 
     Element i of an array belongs to lane i % 16 of block i // 4096. Lanes are summed up in float64
-    first, then halves of the lanes, then the blocks of all arrays, in their order. The order of an
-    array's elements is that in memory.
+    first, then halves of the lanes; so are the blocks of all arrays then, in 256 lanes. The order of
+    an array's elements is that in memory.
     """
-    total = np.float64(0)
+
+    def halved(lanes: Any) -> Any:
+        while lanes.shape[-1] > 1:
+            a, b = np.split(lanes, 2, axis=-1)
+            lanes = np.maximum(a, b) if norm_type == math.inf else a + b
+        return lanes[..., 0]
+
+    blocks: list[Any] = []
     for array in arrays:
         x = np.ravel(array, order="K").astype(np.float64)
         rows = np.pad(x, (0, -len(x) % 4096)).reshape(-1, 256, 16)
@@ -37,11 +44,12 @@ def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float
                 lanes = lanes + abs(x)
             else:
                 lanes = np.maximum(lanes, abs(x))
-        for half in (8, 4, 2, 1):
-            a, b = lanes[:, :half], lanes[:, half:]
-            lanes = np.maximum(a, b) if norm_type == math.inf else a + b
-        for (block,) in lanes:
-            total = np.maximum(total, block) if norm_type == math.inf else total + block
+        blocks.extend(halved(lanes))
+    rows = np.pad(np.array(blocks, dtype=np.float64), (0, -len(blocks) % 256)).reshape(-1, 256)
+    lanes = np.zeros(256)
+    for row in rows:
+        lanes = np.maximum(lanes, row) if norm_type == math.inf else lanes + row
+    total = halved(lanes)
     return float(np.sqrt(total) if norm_type == 2 else total)
 
 
@@ -54,21 +62,35 @@ def reference_clip_coefficient(norm: float, max_norm: float) -> float:
 # ---- norms ---------------------------------------------------------------------------------------
 
 
-def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float:
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     """Return the norm of all elements of all tensors, accumulated in float64.
 
-    A DTensor counts as the whole tensor, on every rank.
+    A DTensor counts as the whole tensor, on every rank. With tensors on a device the norm is a
+    float64 tensor there, which nobody has waited for.
     """
     if norm_type not in (1, 2, math.inf):
         return _norm_of_norms(tensors, norm_type)
-    total, others = _engine.engine.norm(tensors, norm_type, torch.get_num_threads())
+    total, others = _engine_sum(tensors, norm_type)
     if others:
         total = _join(norm_type, total, power_sum(others, norm_type))
-    return math.sqrt(total) if norm_type == 2 else total
+    if norm_type != 2:
+        return total
+    return total.sqrt() if isinstance(total, Tensor) else math.sqrt(total)
+
+
+def _engine_sum(
+    tensors: Sequence[Tensor], norm_type: float
+) -> tuple[float | Tensor, Sequence[Tensor]]:
+    """Return what the engine adds up, and the tensors that it cannot treat."""
+    threads = torch.get_num_threads()
+    total, sums, others = _engine.engine.norm(tensors, norm_type, threads)
+    for part in sums:
+        total = _join(norm_type, total, part)
+    return total, others
 
 
 @torch.no_grad()
-def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float:
+def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     """Return what the norm adds up over tensors that the engine alone cannot treat."""
     shared: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     plain = []
@@ -79,10 +101,10 @@ def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float:
             shared.setdefault((x.device_mesh, dims), []).append(x.to_local())
         else:
             plain.append(tensor)
-    total = _norm_of_norms(plain, norm_type) if plain else 0.0
+    total: float | Tensor = _norm_of_norms(plain, norm_type) if plain else 0.0
     total = total * total if norm_type == 2 else total
     for (mesh, dims), parts in shared.items():
-        part, others = _engine.engine.norm(parts, norm_type, torch.get_num_threads())
+        part, others = _engine_sum(parts, norm_type)
         if others:
             part = _join(norm_type, part, power_sum(others, norm_type))
         total = _join(norm_type, total, _reduce_over(mesh, dims, part, norm_type))
@@ -98,15 +120,22 @@ def _without_partial_sums(tensor: Any) -> Any:
     return tensor.redistribute(placements=whole)
 
 
-def _reduce_over(mesh: Any, dims: tuple[int, ...], part: float, norm_type: float) -> float:
+def _reduce_over(
+    mesh: Any, dims: tuple[int, ...], part: float | Tensor, norm_type: float
+) -> float | Tensor:
     """Join the parts of all ranks along these dimensions of the mesh, one number each."""
     import torch.distributed as dist  # noqa: PLC0415  (not in every build of torch)
 
-    number_of_all = torch.tensor(part, dtype=torch.float64, device=mesh.device_type)
+    stays = isinstance(part, Tensor)  # on its device
+    number_of_all = (
+        part.clone()
+        if isinstance(part, Tensor)
+        else torch.tensor(part, dtype=torch.float64, device=mesh.device_type)
+    )
     operation = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
     for dim in dims:
         dist.all_reduce(number_of_all, operation, group=mesh.get_group(dim))
-    return number_of_all.item()
+    return number_of_all if stays else number_of_all.item()
 
 
 def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
@@ -125,8 +154,23 @@ def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms), norm_type))
 
 
-def _join(norm_type: float, a: float, b: float) -> float:
-    return float(np.maximum(a, b)) if norm_type == math.inf else a + b  # NaN if either is
+def _join(norm_type: float, a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        b = b.to(a.device, non_blocking=True)
+    if norm_type != math.inf:
+        return a + b
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        there = a if isinstance(a, Tensor) else b
+        a, b = (torch.as_tensor(x, dtype=torch.float64).to(there) for x in (a, b))
+        return torch.maximum(a, b)
+    return float(np.maximum(a, b))  # NaN if either is
+
+
+def coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
+    """Return what clipping multiplies gradients by."""
+    if isinstance(norm, Tensor):
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return _core.clip_coefficient(norm, max_norm)
 
 
 # ---- arguments, and the functions of torch.nn.utils ----------------------------------------------
@@ -144,7 +188,7 @@ def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
     return value
 
 
-def check_finite(norm: float, norm_type: float) -> None:
+def check_finite(norm: float | Tensor, norm_type: float) -> None:
     """Raise torch's RuntimeError for a norm that is infinite or NaN."""
     if not math.isfinite(norm):
         raise RuntimeError(
@@ -187,8 +231,11 @@ def get_total_norm(
     if error_if_nonfinite:
         check_finite(norm, norm_type)
     wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
+    dtype = torch.float64 if wide else torch.float32
     device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device=device)
+    if isinstance(norm, Tensor):
+        return norm.to(device, dtype, non_blocking=True)
+    return torch.tensor(norm, dtype=dtype, device=device)
 
 
 @_engine.not_compiled
@@ -230,6 +277,9 @@ def clip_grad_norm_(
     max_norm = valid_max_norm(max_norm)
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
+    if any(_engine.on_device(grad) for grad in grads):
+        _scale_without_waiting(grads, norm, max_norm)
+        return norm
     factor = _core.clip_coefficient(norm.item(), max_norm)
     if factor != 1:
         pairs = [(grad, grad) for grad in grads]
@@ -237,3 +287,14 @@ def clip_grad_norm_(
             grad.mul_(factor)
         torch.autograd.graph.increment_version(grads)
     return norm
+
+
+def _scale_without_waiting(grads: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients by a norm that only a device knows."""
+    factor = torch.as_tensor(coefficient(norm.double(), max_norm))
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+    for (device, dtype), some in by_kind.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        torch._foreach_mul_(some, factor.to(device, wide, non_blocking=True))

@@ -76,8 +76,10 @@ class Lion(Fused, Optimizer):
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         lr = number(group["lr"])
         beta1, beta2 = (number(beta) for beta in group["betas"])
+        weight_decay = number(group["weight_decay"])
         return {
-            "decay": 1 - lr * number(group["weight_decay"]),
+            "weight_decay": weight_decay,
+            "decay": 1 - lr * weight_decay,
             "beta1": beta1,
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,
@@ -91,6 +93,7 @@ class Lion(Fused, Optimizer):
         g: Any,
         m: Any,
         *,
+        weight_decay: float,
         decay: float,
         beta1: float,
         one_minus_beta1: float,

@@ -43,16 +43,18 @@ class RAdam(Fused, torch.optim.RAdam):
         coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
         return Rule("radam", (coupled,), ("exp_avg", "exp_avg_sq"), counts_steps=True)
 
-    def _flags(self, group: dict[str, Any], t: float) -> tuple[bool, ...]:
-        return *self._rule(group).flags, _rectification(number(group["betas"][1]), t) is not None
-
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         beta1, beta2 = (number(beta) for beta in group["betas"])
         step_size = number(group["lr"]) / (1 - beta1**t)
-        if (rectification := _rectification(beta2, t)) is not None:
+        rectification = _rectification(beta2, t)
+        if rectification is not None:
             step_size *= rectification * math.sqrt(1 - beta2**t)
-        eps = number(group["eps"])
-        return {**decay_and_betas(group), "eps": eps, "step_size": step_size}
+        return {
+            **decay_and_betas(group),
+            "eps": number(group["eps"]),
+            "step_size": step_size,
+            "rectified": float(rectification is not None),
+        }
 
     @staticmethod
     def reference(  # noqa: D102  (the class docstring has the formula)
@@ -69,9 +71,10 @@ class RAdam(Fused, torch.optim.RAdam):
         one_minus_beta2: float,
         eps: float,
         step_size: float,
+        rectified: float,
         flags: tuple[bool, ...],
     ) -> tuple[Any, ...]:
-        coupled, rectified = flags
+        (coupled,) = flags
         if coupled:
             g = g + p * weight_decay
         else:

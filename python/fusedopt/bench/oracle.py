@@ -112,11 +112,10 @@ class _ReferenceStep:
         self._t += 1
         t = self._t if self._rule.counts_steps else min(self._t, 2)
         scalars: dict[str, Any] = self._optimizer._scalars(self._group, t)
-        flags = self._optimizer._flags(self._group, t)
         # (Every subclass has one, each with arguments of its own.)
         reference: Any = type(self._optimizer).reference  # type: ignore[attr-defined]
         for p, states in zip(self._group["params"], self._states, strict=True):
-            new_p, *new_states = reference(p, p.grad, *states, **scalars, flags=flags)
+            new_p, *new_states = reference(p, p.grad, *states, **scalars, flags=self._rule.flags)
             p.copy_(new_p)
             for state, new in zip(states, new_states, strict=True):
                 state.copy_(new)

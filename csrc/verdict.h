@@ -1,0 +1,50 @@
+// What a step does to all gradients before the rules see them, and what their norm decides: the
+// same text on the host and, where the host is not to wait for the norm, on a device.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FUSEDOPT_HD __host__ __device__
+#else
+#define FUSEDOPT_HD
+#endif
+
+namespace fusedopt {
+
+// Clipping and the check for non-finite gradients need the 2-norm of all gradients times `unscale`.
+struct Scaling {
+  double unscale = 1;      // the gradients are those of a loss times 1 / unscale
+  double coefficient = 1;  // one more factor, decided elsewhere
+  bool clip = false;       // so that the norm of what the rules see is at most max_norm
+  double max_norm = 0;
+  bool skip_nonfinite = false;  // no update if the norm is infinite or NaN
+
+  FUSEDOPT_HD bool needs_norm() const { return clip || skip_nonfinite; }
+};
+
+struct Verdict {
+  double norm;    // of all gradients, before clipping
+  double factor;  // of every gradient
+  bool skipped;
+};
+
+// min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it.
+FUSEDOPT_HD inline double clip_coefficient(double norm, double max_norm) {
+  const double coefficient = max_norm / (norm + 1e-6);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+FUSEDOPT_HD inline Verdict decide(const Scaling& scaling, double sum_of_squares) {
+  Verdict verdict{};
+  verdict.norm = sqrt(sum_of_squares) * scaling.unscale;
+  verdict.factor = scaling.unscale * scaling.coefficient;
+  if (scaling.clip) {
+    verdict.factor *= clip_coefficient(verdict.norm * scaling.coefficient, scaling.max_norm);
+  }
+  // (NaN minus NaN and infinity minus infinity are NaN.)
+  verdict.skipped = scaling.skip_nonfinite && !(verdict.norm - verdict.norm == 0);
+  return verdict;
+}
+
+}  // namespace fusedopt

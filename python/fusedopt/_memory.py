@@ -1,0 +1,43 @@
+"""Memory of CUDA devices, from torch's allocator: for csrc/cuda_step.cpp.
+
+Devices are numbers; a negative one is the CPU, which plays a device in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cpu") if index < 0 else torch.device("cuda", index)
+
+
+def empty(device: int, size: int) -> Tensor:
+    """Return memory of so many bytes."""
+    return torch.empty(size, dtype=torch.uint8, device=_device(device))
+
+
+def scalar(device: int, dtype: str) -> Tensor:
+    """Return a 0-dim tensor of unset contents."""
+    return torch.empty((), dtype=getattr(torch, dtype), device=_device(device))
+
+
+def upload(device: int, data: bytes) -> Tensor:
+    """Return a copy of the bytes, which is complete for what the current stream does later."""
+    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return host if device < 0 else host.pin_memory().to(_device(device), non_blocking=True)
+
+
+def gather(numbers: Sequence[Tensor], device: int) -> Tensor:
+    """Return one-element tensors of any devices as a float64 tensor, without waiting for them."""
+    at = _device(device)
+    there = [x.detach().reshape(()).to(at, torch.float64, non_blocking=True) for x in numbers]
+    return torch.stack(there)
+
+
+def is_capturing(device: int) -> bool:
+    """Return whether the current stream is being captured into a graph."""
+    return device >= 0 and torch.cuda.is_current_stream_capturing()
