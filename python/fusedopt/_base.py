@@ -15,6 +15,8 @@ from fusedopt._clipping import Clips, Pending
 from fusedopt._engine import Group, Scaling, hide_step_from_dynamo
 from fusedopt._fallback import FallsBack
 
+# What an optimizer keeps besides its state, where a pickle has it, and what it is where it has not.
+_KEPT = {"max_grad_norm": None, "skip_nonfinite": False, "amp_scaling": False, "skipped_steps": 0}
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
 
 
@@ -60,11 +62,12 @@ class Fused(Clips, FallsBack):
         ValueError: max_grad_norm is negative or NaN.
     """
 
-    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys.
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    amp_scaling: bool = False
-    skipped_steps: int = 0
+    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys. On
+    # the class there are no defaults, which would hide them in a wrapper that takes it on.
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    amp_scaling: bool
+    skipped_steps: int
     """How many steps were skipped: for non-finite gradients (with ``skip_nonfinite``), or because a
     GradScaler told the step to (with ``amp_scaling``, or a `fusedopt.GradScaler`)."""
 
@@ -83,6 +86,7 @@ class Fused(Clips, FallsBack):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.amp_scaling = amp_scaling
+        self.skipped_steps = 0
         super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls) -> None:
@@ -90,8 +94,11 @@ class Fused(Clips, FallsBack):
         cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]  # only inspect reads it
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "skip_nonfinite", "amp_scaling", "skipped_steps")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = {name: vars(self).get(name, default) for name, default in _KEPT.items()}
+        super().__setstate__({**kept, **state})
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
