@@ -66,8 +66,8 @@ wheel: .venv/dependencies
 test-machines: .venv/dependencies
 	tests/machines/run
 
-## make test-ecosystem FSDP2, DDP, checkpoints, compile, schedulers: two minutes of processes
-test-ecosystem: .venv/installed
+## make test-ecosystem what torch is used with, accelerate, Lightning, transformers: four minutes
+test-ecosystem: .venv/ecosystem .venv/installed
 	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
 ## make clean          remove all that was made here
@@ -87,6 +87,10 @@ clean:
 
 .venv/peers: .venv/dependencies
 	$(PIP) install --constraint constraints.txt --group peers
+	@touch $@
+
+.venv/ecosystem: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group ecosystem
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)
