@@ -66,7 +66,7 @@ wheel: .venv/dependencies
 test-machines: .venv/dependencies
 	tests/machines/run
 
-## make test-ecosystem what torch is used with, accelerate, Lightning, transformers: four minutes
+## make test-ecosystem what torch is used with, from FSDP2 to Lightning: a few minutes
 test-ecosystem: .venv/ecosystem .venv/installed
 	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
