@@ -70,8 +70,8 @@ wheel: .venv/dependencies
 test-machines: .venv/dependencies
 	tests/machines/run
 
-## make test-ecosystem FSDP2, DDP, checkpoints, compile, schedulers: two minutes of processes
-test-ecosystem: .venv/installed
+## make test-ecosystem what torch is used with, from FSDP2 to Lightning: a few minutes
+test-ecosystem: .venv/ecosystem .venv/installed
 	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
 ## make gpu-check      build, test and measure the CUDA kernels, where there is a GPU; nine minutes
@@ -95,6 +95,10 @@ clean:
 
 .venv/peers: .venv/dependencies
 	$(PIP) install --constraint constraints.txt --group peers
+	@touch $@
+
+.venv/ecosystem: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group ecosystem
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)

@@ -98,7 +98,8 @@ class PlainLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        assert closure is None
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             for p in group["params"]:
@@ -109,6 +110,7 @@ class PlainLion(Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(torch.sign(beta1 * m + (1 - beta1) * g), alpha=lr)
                 m.mul_(beta2).add_(g, alpha=1 - beta2)
+        return loss
 
 
 def oracle(config: Config) -> Callable[..., Optimizer]:

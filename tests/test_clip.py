@@ -317,6 +317,50 @@ def test_a_first_group_without_parameters() -> None:
     assert_same_bits(optimizer.grad_norm, norm)
 
 
+class Wrapper:
+    """What Lightning puts around an optimizer: an object of its class that has nothing of it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [lambda opt: opt.clip_grad_norm_(0.5), lambda opt: opt.clip_grads_with_norm_(0.5, 2.0)],
+    ids=["clip_grad_norm_", "clip_grads_with_norm_"],
+)
+def test_a_wrapper_that_takes_on_the_class(clip: Clip) -> None:
+    def trained(wrap: Callable[[Any], Any]) -> Any:
+        params = parameters()
+        optimizer = fusedopt.SGD(params, lr=0.1, max_grad_norm=100.0, skip_nonfinite=True)
+        wrapped = wrap(optimizer)
+        assert isinstance(wrapped, fusedopt.SGD)
+        for step in range(3):
+            set_gradients(params, step)
+            clip(wrapped)
+            if step == 1:
+                wrapped.zero_grad()
+                set_gradients(params, step)
+            wrapped.step()
+        params[0].grad = torch.full_like(params[0], math.nan)
+        wrapped.step()
+        assert wrapped.skipped_steps == 1
+        assert wrapped.max_grad_norm == 100.0
+        assert wrapped.skip_nonfinite
+        assert wrapped.grad_norm is not None
+        assert math.isnan(wrapped.grad_norm)
+        return optimizer
+
+    assert_same_state(trained(Wrapper), trained(lambda opt: opt), assert_same_bits)
+
+
 # ---- skipping ------------------------------------------------------------------------------------
 
 
@@ -407,7 +451,7 @@ def test_a_pickle_without_the_options_has_their_defaults() -> None:
     state = fusedopt.SGD(parameters([(3,)]), lr=0.1).__getstate__()
     old = {name: state[name] for name in ("defaults", "state", "param_groups")}
     optimizer = fusedopt.SGD.__new__(fusedopt.SGD)
-    optimizer.__setstate__(old)  # type: ignore[no-untyped-call]
+    optimizer.__setstate__(old)
     set_gradients(all_params(optimizer), 0)
     optimizer.step()
     assert (optimizer.max_grad_norm, optimizer.grad_norm, optimizer.skipped_steps) == (

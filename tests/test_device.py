@@ -1,4 +1,4 @@
-"""What is a GPU's alone: tables of tensors, scalars folded there, graphs, verdicts nobody waits for.
+"""What is a GPU's alone: tables of tensors, scalars folded there, verdicts nobody waits for.
 
 Here the CPU plays the GPU: all but the launches is the text that runs there. With ``--device cuda``
 the same tests run on a GPU, and those of tests/gpu with them.
@@ -358,7 +358,7 @@ def test_messages_name_the_device(device: str) -> None:
     assert_same_bits(params[0].detach(), before)
 
 
-# ---- gradients that are not walked as the parameter is --------------------------------------------
+# ---- gradients that are not walked as the parameter is -------------------------------------------
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.mT.contiguous().mT,
@@ -411,7 +411,7 @@ def test_a_loss_goes_down() -> None:
     for _ in range(30):
         optimizer.zero_grad()
         loss = squares(params, 1.0)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]

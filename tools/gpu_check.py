@@ -30,7 +30,7 @@ SANITIZED = """
 import torch, fusedopt
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for cls in (fusedopt.AdamW, fusedopt.SGD, fusedopt.Lion):
-        params = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (0, 1, 4099, 77)]
+        params = [torch.randn(n, device="cuda").to(dtype) for n in (0, 1, 4099, 77)]
         kwargs = {"capturable": True} if cls is fusedopt.AdamW else {}
         optimizer = cls(params, lr=1e-3, max_grad_norm=0.1, skip_nonfinite=True, **kwargs)
         for _ in range(2):

@@ -15,6 +15,8 @@ from fusedopt._clipping import Clips, Pending
 from fusedopt._engine import Group, Scaling, hide_step_from_dynamo, number, on_device
 from fusedopt._fallback import FallsBack
 
+# What an optimizer keeps besides its state, where a pickle has it, and what it is where it has not.
+_KEPT = {"max_grad_norm": None, "skip_nonfinite": False, "amp_scaling": False, "_skipped_steps": 0}
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
 
 
@@ -59,12 +61,14 @@ class Fused(Clips, FallsBack):
         ValueError: max_grad_norm is negative or NaN.
     """
 
-    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys.
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    amp_scaling: bool = False
+    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys. On
+    # the class there are no defaults, which would hide them in a wrapper that takes it on.
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    amp_scaling: bool
+    _skipped_steps: int | Tensor
+
     _skipped: bool | Tensor = False  # whether the last step was
-    _skipped_steps: int | Tensor = 0
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class Fused(Clips, FallsBack):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.amp_scaling = amp_scaling
+        self._skipped_steps = 0
         super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls) -> None:
@@ -86,9 +91,12 @@ class Fused(Clips, FallsBack):
         cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]  # only inspect reads it
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "skip_nonfinite", "amp_scaling")
-        own = {name: getattr(self, name) for name in kept}
-        return {**super().__getstate__(), **own, "_skipped_steps": self.skipped_steps}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "_skipped_steps": self.skipped_steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = {name: vars(self).get(name, default) for name, default in _KEPT.items()}
+        super().__setstate__({**kept, **state})
 
     @property
     def skipped_steps(self) -> int:
@@ -97,11 +105,11 @@ class Fused(Clips, FallsBack):
         For non-finite gradients (with ``skip_nonfinite``), or because a GradScaler told the step to
         (with ``amp_scaling``, or a `fusedopt.GradScaler`).
         """
-        return int(self._skipped_steps)
+        return int(vars(self._itself())["_skipped_steps"])
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
-        self._skipped_steps = value
+        vars(self._itself())["_skipped_steps"] = value
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError

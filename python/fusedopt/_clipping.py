@@ -87,6 +87,15 @@ class Clips(Optimizer):
 
     # ---- what users call ---------------------------------------------------------------------
 
+    def _itself(self) -> Clips:
+        """Return the optimizer itself.
+
+        Lightning's wrapper takes on the class of what it wraps, so the methods below get it as
+        self: what they keep there, the step would never see.
+        """
+        itself: Clips = vars(self).get("_optimizer", self)
+        return itself
+
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients before clipping, unscaled, that was computed last.
@@ -94,7 +103,8 @@ class Clips(Optimizer):
         A 0-dim float32 tensor on the parameters' device; None if nothing asked for the norm of the
         last step: neither ``max_grad_norm``, nor ``skip_nonfinite``, nor `clip_grad_norm_`.
         """
-        return None if self._norm is None else self._as_tensor(self._norm)
+        norm = self._itself()._norm
+        return None if norm is None else self._as_tensor(norm)
 
     def _as_tensor(self, norm: float | Tensor) -> Tensor:
         if isinstance(norm, Tensor):
@@ -124,15 +134,16 @@ class Clips(Optimizer):
             RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``; or gradients are
                 freed during backward (`release_gradients`).
         """
-        self._refuse_if_released()
+        itself = self._itself()
+        itself._refuse_if_released()
         max_norm = clip.valid_max_norm(max_norm)
         norm_type = float(norm_type)
-        pending = self._still_pending(unchanged=True)
-        norm = clip.total_norm(self._gradients(), norm_type) * pending.coefficient
+        pending = itself._still_pending(unchanged=True)
+        norm = clip.total_norm(itself._gradients(), norm_type) * pending.coefficient
         if error_if_nonfinite:
             clip.check_finite(norm, norm_type)
-        self._clip_by(max_norm, norm, pending)
-        return self._as_tensor(norm)
+        itself._clip_by(max_norm, norm, pending)
+        return itself._as_tensor(norm)
 
     @_engine.not_compiled
     def clip_grads_with_norm_(self, max_norm: float, total_norm: float | Tensor) -> None:
@@ -150,15 +161,16 @@ class Clips(Optimizer):
             ValueError: max_norm is negative or NaN.
             RuntimeError: gradients are freed during backward (`release_gradients`).
         """
-        self._refuse_if_released()
+        itself = self._itself()
+        itself._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
         norm = _engine.number_or_device(whole() if whole else total_norm)
         max_norm = clip.valid_max_norm(max_norm)
-        self._clip_by(max_norm, norm, self._still_pending(unchanged=True))
+        itself._clip_by(max_norm, norm, itself._still_pending(unchanged=True))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as torch does, and forget what `clip_grad_norm_` found of them."""
-        self._pending = Pending()
+        self._itself()._pending = Pending()
         super().zero_grad(set_to_none)
 
     def _clip_by(self, max_norm: float, norm: float | Tensor, before: Pending) -> None:

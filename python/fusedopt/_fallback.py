@@ -103,18 +103,19 @@ def _is_sparse(p: Tensor) -> bool:
 def _cause(group: dict[str, Any], p: Tensor) -> str:
     """Return why p has no kernel, for a warning."""
     assert p.grad is not None
-    if group.get("differentiable"):
-        return "differentiable=True"
-    if p.device.type != "cpu" and not _engine.on_device(p):
-        return f"parameters on {p.device.type}"
-    if _is_sparse(p):
-        return "sparse gradients"
-    if p.is_complex():
-        return "complex parameters"
-    if p.is_neg():
-        return "parameters that torch has yet to negate"
-    if _engine.on_device(p):
-        if torch.empty_like(p, device="meta").stride() != p.stride():
-            return f"parameters on {p.device.type} with gaps between their elements"
-        return f"parameters of {p.dtype} on {p.device.type} with states of another precision"
-    return f"{type(p).__name__} parameters of {p.dtype} with gradients of {p.grad.dtype}"
+    device = p.device.type
+    has_kernels = device == "cpu" or _engine.on_device(p)
+    causes = {
+        "differentiable=True": group.get("differentiable"),
+        f"parameters on {device}": not has_kernels,
+        "sparse gradients": _is_sparse(p),
+        "complex parameters": p.is_complex(),
+        "parameters that torch has yet to negate": p.is_neg(),
+        f"parameters on {device} with gaps between their elements": _engine.on_device(p)
+        and torch.empty_like(p, device="meta").stride() != p.stride(),
+        f"parameters of {p.dtype} on {device} with states of another precision": _engine.on_device(
+            p
+        ),
+        f"{type(p).__name__} parameters of {p.dtype} with gradients of {p.grad.dtype}": True,
+    }
+    return next(cause for cause, applies in causes.items() if applies)

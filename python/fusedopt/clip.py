@@ -21,8 +21,8 @@ def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float
     """Return the norm of all elements of numpy arrays: what the engine computes, bit for bit.
 
     Element i of an array belongs to lane i % 16 of block i // 4096. Lanes are summed up in float64
-    first, then halves of the lanes; so are the blocks of all arrays then, in 256 lanes. The order of
-    an array's elements is that in memory.
+    first, then halves of the lanes; so are the blocks of all arrays then, in 256 lanes. The order
+    of an array's elements is that in memory.
     """
 
     def halved(lanes: Any) -> Any:
@@ -45,11 +45,10 @@ def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float
             else:
                 lanes = np.maximum(lanes, abs(x))
         blocks.extend(halved(lanes))
-    rows = np.pad(np.array(blocks, dtype=np.float64), (0, -len(blocks) % 256)).reshape(-1, 256)
-    lanes = np.zeros(256)
-    for row in rows:
-        lanes = np.maximum(lanes, row) if norm_type == math.inf else lanes + row
-    total = halved(lanes)
+    joined: Any = np.zeros(256)
+    for part in np.pad(np.array(blocks), (0, -len(blocks) % 256)).reshape(-1, 256):
+        joined = np.maximum(joined, part) if norm_type == math.inf else joined + part
+    total = halved(joined)
     return float(np.sqrt(total) if norm_type == 2 else total)
 
 
@@ -83,7 +82,8 @@ def _engine_sum(
 ) -> tuple[float | Tensor, Sequence[Tensor]]:
     """Return what the engine adds up, and the tensors that it cannot treat."""
     threads = torch.get_num_threads()
-    total, sums, others = _engine.engine.norm(tensors, norm_type, threads)
+    on_cpu, sums, others = _engine.engine.norm(tensors, norm_type, threads)
+    total: float | Tensor = on_cpu
     for part in sums:
         total = _join(norm_type, total, part)
     return total, others
@@ -160,9 +160,10 @@ def _join(norm_type: float, a: float | Tensor, b: float | Tensor) -> float | Ten
     if norm_type != math.inf:
         return a + b
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        there = a if isinstance(a, Tensor) else b
-        a, b = (torch.as_tensor(x, dtype=torch.float64).to(there) for x in (a, b))
-        return torch.maximum(a, b)
+        device = next(x.device for x in (a, b) if isinstance(x, Tensor))
+        return torch.maximum(
+            *(torch.as_tensor(x, dtype=torch.float64, device=device) for x in (a, b))
+        )
     return float(np.maximum(a, b))  # NaN if either is
 
 

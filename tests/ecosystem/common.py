@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedopt
+from tests.helpers import oracle
 from tests.registry import PLAIN_CONFIGS, Config
 
 
@@ -26,7 +27,16 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     **{config.name: _maker(config) for config in PLAIN_CONFIGS},
     "Lookahead": _lookahead,
 }
+CONFIGS = {config.name: config for config in PLAIN_CONFIGS}
 each_name = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def torchs(name: str, params: Any) -> Any:
+    """Return what torch has for an optimizer; a Lookahead is one around torch's."""
+    if name == "Lookahead":
+        return fusedopt.Lookahead(torchs("AdamW", params), k=2)
+    config = CONFIGS[name]
+    return oracle(config)(params, **config.kwargs)
 
 
 def make_model(first: int = 5, second: int = 6) -> nn.Sequential:

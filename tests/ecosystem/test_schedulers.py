@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
-import fusedopt
-from tests.ecosystem.common import OPTIMIZERS, batch, each_name, make_model, train
-from tests.helpers import assert_within, oracle
-from tests.registry import PLAIN_CONFIGS, Config
+from tests.ecosystem.common import OPTIMIZERS, batch, each_name, make_model, torchs, train
+from tests.helpers import assert_within
 
 STEPS = 8
 
@@ -60,8 +58,6 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=3),
 }
 
-CONFIGS: dict[str, Config] = {config.name: config for config in PLAIN_CONFIGS}
-
 
 def test_every_scheduler_of_torch_is_here() -> None:
     bases = {"LRScheduler", "_LRScheduler"}
@@ -70,14 +66,6 @@ def test_every_scheduler_of_torch_is_here() -> None:
         for name, cls in vars(lr_scheduler).items()
         if inspect.isclass(cls) and issubclass(cls, lr_scheduler.LRScheduler) and name not in bases
     }
-
-
-def torchs(name: str, model: nn.Module) -> Any:
-    """Return what torch has for an optimizer; a Lookahead is one around torch's."""
-    if name == "Lookahead":
-        return fusedopt.Lookahead(torchs("AdamW", model), k=2)
-    config = CONFIGS[name]
-    return oracle(config)(model.parameters(), **config.kwargs)
 
 
 def driven(optimizer: Any, model: nn.Module, scheduler: str) -> list[list[dict[str, Any]]]:
@@ -100,7 +88,7 @@ def driven(optimizer: Any, model: nn.Module, scheduler: str) -> list[list[dict[s
 def test_it_drives_it_as_it_drives_torchs(name: str, scheduler: str) -> None:
     model, expected_model = make_model(), make_model()
     seen = driven(OPTIMIZERS[name](model.parameters()), model, scheduler)
-    expected = driven(torchs(name, expected_model), expected_model, scheduler)
+    expected = driven(torchs(name, expected_model.parameters()), expected_model, scheduler)
     assert seen == expected
     if scheduler != "ConstantLR":
         assert any(step != seen[0] for step in seen)
@@ -131,6 +119,6 @@ def test_averages_of_its_models_are_those_of_torchs(name: str, ema: bool) -> Non
         # Not behind a layer with a bias, whose gradient would be 0 but for rounding.
         each.insert(0, nn.BatchNorm1d(7, dtype=torch.float64))
     actual = averaged(OPTIMIZERS[name](model.parameters()), model, ema)
-    expected = averaged(torchs(name, expected_model), expected_model, ema)
+    expected = averaged(torchs(name, expected_model.parameters()), expected_model, ema)
     for a, b in zip(actual, expected, strict=True):
         assert_within(a, b, rtol=1e-9)

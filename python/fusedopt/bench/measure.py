@@ -167,7 +167,7 @@ def bandwidth_probe(row: Row) -> tuple[Step, int]:
 def _seconds(step: Step, device: str) -> float:
     """Return how long a step takes: on a GPU, from its first work in the stream to its last."""
     if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
         begin.record()
         step()
         end.record()

@@ -1,0 +1,52 @@
+"""Lightning: let the Trainer's ``gradient_clip_val`` clip inside the step.
+
+Nothing of Lightning is imported: this is for ``lightning.pytorch`` and ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedopt.integrations import fused_inside
+
+# Precision plugins that clip by torch's function. Those of FSDP, DeepSpeed and others do not.
+_PLAIN = {"Precision", "DoublePrecision", "HalfPrecision", "MixedPrecision"}
+
+
+class FusedClipping:
+    r"""A mixin ahead of LightningModule that does not rewrite gradients to clip them.
+
+    .. math:: g \leftarrow g \, \min\Big(1, \frac{c}{\|g\|_2 + 10^{-6}}\Big)
+
+    with ``Trainer(gradient_clip_val=c)`` and the gradients of the optimizer, as Lightning clips,
+    but inside the step. The norm before clipping is the optimizer's ``grad_norm``. Left to
+    Lightning are other optimizers than fused ones, clipping by value, precisions that clip in
+    their own way (FSDP, DeepSpeed), and ``amp_scaling=True``, with which Lightning refuses to clip
+    in mixed precision: set ``max_grad_norm`` on the optimizer instead.
+
+    Write ``class Model(FusedClipping, LightningModule)``.
+    """
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of an optimizer; called by Lightning before each of its steps."""
+        fused = fused_inside(optimizer)
+        max_norm = gradient_clip_val or 0.0
+        if (
+            fused is None
+            or fused._step_supports_amp_scaling
+            or max_norm <= 0
+            or gradient_clip_algorithm not in (None, "norm")
+            or type(self.trainer.precision_plugin).__name__ not in _PLAIN  # type: ignore[attr-defined]
+        ):
+            super().configure_gradient_clipping(  # type: ignore[misc]  # of LightningModule
+                optimizer,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
+            )
+        else:
+            fused.clip_grad_norm_(max_norm)
