@@ -116,6 +116,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
     return leave_to_torch();
   }
   entry.device = p.device;
+  uses_devices_ = uses_devices_ || p.device != kHost;
   if (negated(entry.grad, g)) {
     held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
     entry.grad = held_.back().ptr();
@@ -135,12 +136,12 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
                           " is a view in which elements share memory; expected every element in a "
                           "place of its own; pass a clone() of it");
   }
-  const py::object grad = py::reinterpret_borrow<py::object>(entry.grad);
+  PyObject* const grad = entry.grad;
   if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
   const bool complete = read_states(entry, views);
   if (!entry.fits) return leave_to_torch();
   if (g.is_local_part) {
-    outside.append(grad);
+    outside.append(py::handle(grad));
     distributed_.push_back(jobs_.size());
   }
   if (complete) {
@@ -409,11 +410,6 @@ std::vector<Job> StepPlan::jobs_of_norm() const {
 }
 
 // ---- devices ------------------------------------------------------------------------------------
-
-bool StepPlan::uses_devices() const {
-  return std::any_of(entries_.begin(), entries_.end(),
-                     [](const Entry& entry) { return entry.device != kHost; });
-}
 
 std::vector<int> StepPlan::devices() const {
   std::vector<int> devices;

@@ -74,7 +74,7 @@ class StepPlan {
   bool lacks_states() const { return !incomplete_.empty(); }
 
   // ---- of steps with parameters on devices
-  bool uses_devices() const;
+  bool uses_devices() const { return uses_devices_; }
   std::vector<int> devices() const;
   std::vector<Job> jobs_on(int device) const;  // or kHost
   // Whether a step that is skipped has to be known to be before states are made.
@@ -107,6 +107,7 @@ class StepPlan {
   const py::dict& state_;
   const bool may_skip_;
   Py_ssize_t state_cursor_ = 0;
+  bool uses_devices_ = false;
   bool in_order_ = true;  // each parameter's state was found behind that of the one before
   std::deque<Group> groups_;
   std::vector<Entry> entries_;

@@ -212,7 +212,7 @@ class Fused(Clips, FallsBack):
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)
         lr = group["lr"]
-        if _is_read_there(lr) and on_device(next(iter(group["params"]), None)):
+        if isinstance(lr, Tensor) and _is_read_there(lr) and on_device(next(iter(group["params"]), None)):
             group = {**group, "lr": 1.0}  # the device folds it
         else:
             lr = number(lr)
@@ -251,14 +251,9 @@ class Fused(Clips, FallsBack):
         self.state[p]["step"] = torch.full((), steps, dtype=torch.float32, device=p.device)
 
 
-def _is_read_there(lr: float | Tensor) -> bool:
+def _is_read_there(lr: Tensor) -> bool:
     """Return whether a device folds this learning rate, so that nobody waits for it."""
-    return (
-        isinstance(lr, Tensor)
-        and on_device(lr)
-        and lr.numel() == 1
-        and lr.dtype in (torch.float32, torch.float64)
-    )
+    return on_device(lr) and lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64)
 
 
 def _signature(cls: type[Fused]) -> inspect.Signature:

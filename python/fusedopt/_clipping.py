@@ -55,8 +55,10 @@ class Clips(Optimizer):
             skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
             skip=self._unknown_skip(pending),
         )
-        # (Not by !=: to compare a tensor would be to wait for it.)
-        if any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling():
+        # (Tensors first: to compare one would be to wait for it.)
+        if self._released and (
+            any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()
+        ):
             self._refuse_if_released()
         return scaling
 
