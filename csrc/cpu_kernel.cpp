@@ -229,42 +229,18 @@ void norm_blocks(const Stream& stream, int64_t first, int64_t count, double* blo
   }
 }
 
-// ---- the table: every rule with every combination of its flags ----------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
-template <template <class, bool...> class Family, class Flags>
-struct Variant;
-template <template <class, bool...> class Family, size_t... kFlag>
-struct Variant<Family, std::index_sequence<kFlag...>> {
-  template <size_t kBits>
-  static constexpr Rule rule(const char* name) {
-    using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
-    using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
+template <class F32, class F64>
+struct Make {
+  static constexpr Rule entry(const char* name, int flags) {
     constexpr int kScalars = sizeof(F32) / sizeof(float);
     static_assert(F32::kStates <= kMaxStates, "raise kMaxStates");
-    return {name, kBits, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
+    return {name, flags, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
   }
 };
 
-struct Table {
-  Rule rules[64];
-  int count;
-
-  template <template <class, bool...> class Family, class Flags, size_t... kBits>
-  constexpr void add(const char* name, std::index_sequence<kBits...>) {
-    ((rules[count++] = Variant<Family, Flags>::template rule<kBits>(name)), ...);
-  }
-};
-
-constexpr Table make_table() {
-  Table table{};
-#define FUSEDOPT_ADD(name, Family, flags) \
-  table.add<Family, std::make_index_sequence<flags>>(name, std::make_index_sequence<1 << flags>());
-  FUSEDOPT_RULES(FUSEDOPT_ADD)
-#undef FUSEDOPT_ADD
-  return table;
-}
-
-constexpr Table kTable = make_table();
+constexpr auto kTable = make_rule_table<Rule, Make>();
 
 #define FUSEDOPT_STRING(x) #x
 #define FUSEDOPT_NAME(isa) FUSEDOPT_STRING(isa)
@@ -275,7 +251,7 @@ extern const Kernels kKernels;
 constexpr Kernels kKernels = {
     FUSEDOPT_NAME(FUSEDOPT_ISA),
     kVectorBytes,
-    kTable.rules,
+    kTable.entries,
     kTable.count,
     {norm_blocks<SumOfSizes>, norm_blocks<SumOfSquares>, norm_blocks<Largest>}};
 

@@ -34,13 +34,6 @@ struct alignas(16) Word {
 template <class Stored>
 constexpr int kInWord = 16 / sizeof(Stored);
 
-// Consecutive elements of one stream, as they are stored.
-template <int kWidth, int kSize>
-struct Raw {
-  static constexpr int kWords = kWidth * kSize / 16;
-  Word words[kWords];
-};
-
 // Element i of a word.
 template <class Stored>
 FUSEDOPT_FN Stored get(const Word& word, int i) {
@@ -408,7 +401,6 @@ FUSEDOPT_FN void make_decision(const FinishArgs& args, double sum) {
   args.decision->skipped = skipped;
   if (args.norm_result) *args.norm_result = static_cast<float>(verdict.norm);
   if (args.skipped_result) *args.skipped_result = skipped;
-  if (args.skipped_steps) *args.skipped_steps += skipped;
 }
 
 // For one block of threads.

@@ -23,6 +23,7 @@ namespace {
 
 #include "cuda_device.h"
 
+// What this CUDA compiles; whether the driver takes it, too, is asked when there is one.
 constexpr int64_t kLargestArgs = CUDART_VERSION >= 12010 ? kLargeBytes : kSmallBytes;
 
 // ---- errors and devices -------------------------------------------------------------------------
@@ -152,40 +153,17 @@ struct RuleLaunches {
   void (*fold[3])(const Launch&, const void*, int64_t, int64_t);
 };
 
-template <template <class, bool...> class Family, size_t kBits, class Flags>
-struct Variant;
-template <template <class, bool...> class Family, size_t kBits, size_t... kFlag>
-struct Variant<Family, kBits, std::index_sequence<kFlag...>> {
-  using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
-  using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
-  static_assert(sizeof(F64) <= kMaxScalars * sizeof(double), "raise kMaxScalars");
-  static constexpr RuleLaunches launches() {
+template <class F32, class F64>
+struct Make {
+  static constexpr RuleLaunches entry(const char*, int) {
+    static_assert(sizeof(F64) <= kMaxScalars * sizeof(double), "raise kMaxScalars");
     return {{launch_update<Uniform<float>, F32>, launch_update<Mixed, F32>,
              launch_update<Uniform<double>, F64>},
             {launch_fold<float, F64>, launch_fold<float, F64>, launch_fold<double, F64>}};
   }
 };
 
-struct Table {
-  RuleLaunches rules[64];
-  int count;
-
-  template <template <class, bool...> class Family, class Flags, size_t... kBits>
-  constexpr void add(std::index_sequence<kBits...>) {
-    ((rules[count++] = Variant<Family, kBits, Flags>::launches()), ...);
-  }
-};
-
-constexpr Table make_table() {
-  Table table{};
-#define FUSEDOPT_ADD(name, Family, flags) \
-  table.add<Family, std::make_index_sequence<flags>>(std::make_index_sequence<1 << flags>());
-  FUSEDOPT_RULES(FUSEDOPT_ADD)
-#undef FUSEDOPT_ADD
-  return table;
-}
-
-constexpr Table kTable = make_table();
+constexpr auto kTable = make_rule_table<RuleLaunches, Make>();
 
 // ---- what the engine calls ----------------------------------------------------------------------
 
@@ -220,16 +198,30 @@ void launch_finish(const Launch& at, const FinishArgs& args) {
 
 void launch_rule_fold(const Launch& at, int rule, Streams streams, const void* args, int64_t bytes,
                       int64_t items) {
-  kTable.rules[rule].fold[static_cast<int>(streams)](at, args, bytes, items);
+  kTable.entries[rule].fold[static_cast<int>(streams)](at, args, bytes, items);
 }
 
 void launch_rule_update(const Launch& at, int rule, Streams streams, const void* args,
                         int64_t bytes, int64_t units) {
-  kTable.rules[rule].update[static_cast<int>(streams)](at, args, bytes, units);
+  kTable.entries[rule].update[static_cast<int>(streams)](at, args, bytes, units);
 }
 
-constexpr Kernels kKernels = {launch_norm, launch_finish, launch_rule_fold, launch_rule_update,
-                              kLargestArgs};
+bool runs_on(int device) try {
+  const Guard guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(finish_kernel<Norm::two>));
+  (void)cudaGetLastError();  // or the next call of others would find it
+  return error == cudaSuccess;
+} catch (const std::runtime_error&) {
+  (void)cudaGetLastError();
+  return false;
+}
+
+int64_t largest_args() { return driver_version() >= 12010 ? kLargestArgs : kSmallBytes; }
+
+constexpr Kernels kKernels = {launch_norm,        launch_finish, launch_rule_fold,
+                              launch_rule_update, runs_on,       largest_args};
 
 }  // namespace
 

@@ -67,8 +67,8 @@ static void for_each_table(const std::vector<Source>& sources, int64_t most_byte
 template <class Item>
 int64_t Queue::most_bytes() const {
   if (memory_.upload) return std::numeric_limits<int64_t>::max();
-  return kernels_.largest_args - (int64_t{sizeof(Args<Item, kSmallBytes>)} -
-                                  int64_t{sizeof(Args<Item, kSmallBytes>::room)});
+  return kernels_.largest_args() - (int64_t{sizeof(Args<Item, kSmallBytes>)} -
+                                    int64_t{sizeof(Args<Item, kSmallBytes>::room)});
 }
 
 // Calls start(arguments, their bytes) with a table in the arguments if it fits, and else on the
@@ -95,7 +95,7 @@ void Queue::start(const Table<Item>& table, const void* head, void* results,
     return true;
   };
   if (fits(make(std::make_unique<Args<Item, kSmallBytes>>()))) return;
-  if (kernels_.largest_args == kLargeBytes &&
+  if (kernels_.largest_args() == kLargeBytes &&
       fits(make(std::make_unique<Args<Item, kLargeBytes>>()))) {
     return;
   }

@@ -34,6 +34,10 @@ DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reade
       queue_(kernels, {device, reader.current_stream(device)},
              make_memory(memory_, place_, held_)) {}
 
+bool DeviceQueue::is_capturing() const {
+  return py::cast<bool>(memory_.attr("is_capturing")(place_));
+}
+
 py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items) const {
   const py::object result = memory_.attr("scalar")(place_, "float64");
   cuda::FinishArgs args{};

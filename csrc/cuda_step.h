@@ -11,6 +11,7 @@ class DeviceQueue {
   DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reader, int device);
 
   int device() const { return device_; }
+  bool is_capturing() const;
 
   // What the norm adds up, as a 0-dim float64 tensor.
   py::object sum(Norm norm, const std::vector<cuda::NormItem>& items) const;

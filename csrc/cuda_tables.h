@@ -109,7 +109,6 @@ struct FinishArgs {
   const double *unscale, *coefficient, *skip;  // null, or in place of the host's
   float* norm_result;                          // null, or where the norm goes
   float* skipped_result;                       // null, or where 1 goes for a skipped step
-  int64_t* skipped_steps;                      // null, or what counts those
 };
 
 // How the streams of an update are stored: all as float; some as float, others in 16 bits; all as
@@ -128,7 +127,8 @@ struct Kernels {
                int64_t items);
   void (*update)(const Launch&, int rule, Streams streams, const void* args, int64_t bytes,
                  int64_t units);
-  int64_t largest_args;
+  bool (*runs_on)(int device);  // whether it and its driver take these kernels
+  int64_t (*largest_args)();
 };
 
 }  // namespace cuda

@@ -28,7 +28,7 @@ PYBIND11_MODULE(_core, m) {
                              [](const Engine& engine) { return engine.kernels().vector_bytes; })
       .def_property_readonly("fast_gather", &Engine::fast_gather)
       .def_property_readonly("emulated", &Engine::emulated)
-      .def_property_readonly("has_cuda", &Engine::has_cuda);
+      .def("has_kernels", &Engine::has_kernels, py::arg("device"));
   m.def("clip_coefficient", &fusedopt::clip_coefficient, py::arg("norm"), py::arg("max_norm"));
   m.def("isas", [] {
     py::list names;

@@ -106,9 +106,10 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
 
   View views[kMaxStreams + 1];
   View &p = views[kParam], &g = views[kGrad];
+  PyObject* grad = entry.grad;  // that of the parameter, whatever is done with it below
   const auto leave_to_torch = [&] {
     unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
-    outside.append(py::handle(entry.grad));
+    outside.append(py::handle(grad));
     entries_.pop_back();
   };
   if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
@@ -136,7 +137,7 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
                           " is a view in which elements share memory; expected every element in a "
                           "place of its own; pass a clone() of it");
   }
-  PyObject* const grad = entry.grad;
+  grad = entry.grad;
   if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
   const bool complete = read_states(entry, views);
   if (!entry.fits) return leave_to_torch();
@@ -262,18 +263,20 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   if (!entry.step) return;
   held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
   const bool on_device = entry.device != kHost && (entry.group->counts_on_device || may_skip_);
+  bool elsewhere = false;
   double steps;
   if (reader_.read_count(entry.step, &entry.count, &held_)) {
     if (reader_.emulated() && on_device) entry.count.device = entry.device;
-    if (entry.count.device != kHost) {
-      if (entry.count.device != entry.device || entry.count.type != TensorReader::Count::f32) {
+    if (entry.count.device == entry.device && entry.device != kHost) {
+      if (entry.count.type != TensorReader::Count::f32) {
         throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
                              ", expected a float32 tensor on " + device_text(entry.device) +
                              " or on cpu; store the number of steps taken so far");
       }
       return;  // only the device knows
     }
-    steps = entry.count.get();
+    elsewhere = entry.count.device != kHost;  // a checkpoint of another device: read it once
+    steps = elsewhere ? py::cast<double>(py::handle(entry.step).attr("item")()) : entry.count.get();
   } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
     steps = PyFloat_AsDouble(entry.step);
     if (PyErr_Occurred()) steps = HUGE_VAL;  // an integer beyond all doubles
@@ -289,11 +292,12 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
                           "so far");
   }
   entry.t = steps + 1;
-  if (on_device) {  // the same count there, from now on
-    entry.group->move_count(py::handle(entry.param), steps);
+  if (on_device || elsewhere) {  // the same count where it belongs, from now on
+    entry.group->move_count(py::handle(entry.param), steps, on_device);
     entry.step = PyDict_GetItem(entry.state, step_key());
     held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
     reader_.read_count(entry.step, &entry.count, &held_);
+    if (!on_device) return;
     entry.count.device = entry.device;
     entry.t = 1;
   }
@@ -430,6 +434,26 @@ std::vector<Job> StepPlan::jobs_on(int device) const {
   return jobs;
 }
 
+void StepPlan::refuse_to_be_captured() const {
+  for (const Entry& entry : entries_) {
+    const Group& group = *entry.group;
+    if (group.has_slow) {
+      throw std::runtime_error(
+          "a graph cannot capture a step of Lookahead, whose slow weights move in every k-th step "
+          "alone; capture the wrapped optimizer's");
+    }
+    if (group.counts_steps && entry.count.device == kHost && !group.counts_on_device) {
+      throw std::runtime_error(
+          "a graph cannot capture a step that the CPU counts: the step of " + name(entry, "") +
+          " would be the same at each replay; pass capturable=True, or do not capture it");
+    }
+    if (group.counts_steps && entry.count.device == kHost && !entry.is_new) {
+      throw std::runtime_error("the step of " + name(entry, "") +
+                               " is still counted on the CPU; take a step before the capture");
+    }
+  }
+}
+
 bool StepPlan::skips_on_host() const {
   return std::any_of(entries_.begin(), entries_.end(), [](const Entry& entry) {
     return entry.group->has_slow || (entry.is_new && entry.group->starts_unlike);
@@ -445,7 +469,7 @@ std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
   return items;
 }
 
-std::vector<cuda::Update> StepPlan::updates(int device, double factor) const {
+std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
   std::vector<cuda::Update> updates;
   const Group* group = nullptr;
   cuda::Clock clock;
@@ -455,13 +479,18 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) const {
     if (entry.group != group) {
       group = entry.group;
       clock = {};
-      View lr;
-      Held held;  // the group has it
-      if (reader_.read(group->lr.ptr(), &lr, &held) && lr.device == device) {
+      if (PyFloat_Check(group->lr.ptr())) {
+        clock.host_lr = py::cast<double>(group->lr);
+      } else {
+        View lr;
+        reader_.read(group->lr.ptr(), &lr, &held_);
+        if (lr.device != device) {
+          const auto memory = py::module_::import("fusedopt._memory");
+          held_.push_back(memory.attr("gather")(py::make_tuple(group->lr), device));
+          reader_.read(held_.back().ptr(), &lr, &held_);
+        }
         clock.lr = lr.data;
         clock.lr_is_double = lr.dtype == DType::f64;
-      } else {
-        clock.host_lr = py::cast<double>(group->lr);
       }
     }
     clock.step = entry.count.device == device ? static_cast<float*>(entry.count.data) : nullptr;

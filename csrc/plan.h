@@ -77,10 +77,12 @@ class StepPlan {
   bool uses_devices() const { return uses_devices_; }
   std::vector<int> devices() const;
   std::vector<Job> jobs_on(int device) const;  // or kHost
+  // Throws if a graph of this step would repeat what the CPU has decided for this one alone.
+  void refuse_to_be_captured() const;
   // Whether a step that is skipped has to be known to be before states are made.
   bool skips_on_host() const;
   std::vector<cuda::NormItem> norm_items(int device) const;
-  std::vector<cuda::Update> updates(int device, double factor) const;
+  std::vector<cuda::Update> updates(int device, double factor);
   std::vector<cuda::Update> updates_after(int device);  // Lookahead's
 
   py::list unsupported;  // [(group index, parameter), ...]

@@ -26,3 +26,37 @@
   X("lookahead", Lookahead, 0)      \
   X("scale", Scale, 0)              \
   X("traffic", Traffic, 0)
+
+// A table with an entry for every rule and every combination of its flags, in this order:
+// Make<Rule in float, Rule in double>::entry(name, flags).
+template <template <class, bool...> class Family, size_t kBits, class Flags>
+struct Variant;
+template <template <class, bool...> class Family, size_t kBits, size_t... kFlag>
+struct Variant<Family, kBits, std::index_sequence<kFlag...>> {
+  using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
+  using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
+};
+
+template <class Entry, template <class, class> class Make>
+struct RuleTable {
+  Entry entries[64];
+  int count;
+
+  template <template <class, bool...> class Family, class Flags, size_t... kBits>
+  constexpr void add(const char* name, std::index_sequence<kBits...>) {
+    ((entries[count++] = Make<typename Variant<Family, kBits, Flags>::F32,
+                              typename Variant<Family, kBits, Flags>::F64>::entry(name, kBits)),
+     ...);
+  }
+};
+
+template <class Entry, template <class, class> class Make>
+constexpr RuleTable<Entry, Make> make_rule_table() {
+  RuleTable<Entry, Make> table{};
+#define FUSEDOPT_ADD(name, Family, flags)                      \
+  table.template add<Family, std::make_index_sequence<flags>>( \
+      name, std::make_index_sequence<1 << flags>());
+  FUSEDOPT_RULES(FUSEDOPT_ADD)
+#undef FUSEDOPT_ADD
+  return table;
+}

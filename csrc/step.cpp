@@ -25,7 +25,10 @@ static const cuda::Kernels* device_kernels(const std::string& device) {
 Engine::Engine(const std::string& isa, bool fast_gather, const std::string& device)
     : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
       device_kernels_(device_kernels(device)),
-      reader_(fast_gather, device_kernels_ != nullptr, device == "emulated") {}
+      reader_(fast_gather, device_kernels_ ? device_kernels_->runs_on : nullptr,
+              device == "emulated") {}
+
+constexpr double kNoNorm = std::numeric_limits<double>::quiet_NaN();  // nothing asked for it
 
 // ---- steps --------------------------------------------------------------------------------------
 
@@ -49,21 +52,22 @@ static Scaling read_scaling(const py::object& source) {
 py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int threads,
                        const py::object& scaling_source, const py::object& fallback,
                        const py::object& outside) const {
-  const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) ||
-                        !scaling_source.attr("skip").is_none();
+  const py::object skip = scaling_source.attr("skip");
+  const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) || !skip.is_none();
   StepPlan plan(kernels_, reader_, state, groups, may_skip);
   plan.collect();
   plan.fold_scalars();
-  threads = useful_threads(plan.jobs(), threads);
-  if (device_kernels_ && plan.uses_devices()) {
+  if (plan.uses_devices()) {
     return step_on_devices(&plan, scaling_source, threads, fallback, outside);
   }
 
+  threads = useful_threads(plan.jobs(), threads);
   Scaling scaling = read_scaling(scaling_source);
   const bool needs_norm = scaling.needs_norm();
   Verdict verdict{};
+  const bool skips = !skip.is_none() && wait_for(skip) != 0;
   const bool needs_python =
-      plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
+      skips || plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
   if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
     const std::vector<Job> jobs = plan.jobs_of_norm();
     double sum;
@@ -71,12 +75,13 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
       py::gil_scoped_release unlocked;
       sum = run_norm(kernels_, Norm::two, jobs, threads);
     }
-    if (!plan.outside.empty()) sum += py::cast<double>(outside(plan.outside));
+    if (!plan.outside.empty()) sum += wait_for(outside(plan.outside));
     verdict = decide(scaling, sum);
     if (verdict.skipped) return py::make_tuple(verdict.norm, true);
     scaling = {};
     scaling.coefficient = verdict.factor;
   }
+  if (skips) return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, true);
   if (!plan.unsupported.empty()) {
     fallback(plan.unsupported, scaling.unscale * scaling.coefficient);
   }
@@ -91,8 +96,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
     plan.advance_plain_counts();
     plan.bump_versions();
   }
-  return py::make_tuple(needs_norm ? verdict.norm : std::numeric_limits<double>::quiet_NaN(),
-                        verdict.skipped);
+  return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
 py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int threads,
@@ -100,6 +104,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   std::vector<DeviceQueue> queues;
   for (const int device : plan->devices()) {
     queues.emplace_back(*device_kernels_, reader_, device);
+    if (queues.back().is_capturing()) plan->refuse_to_be_captured();
   }
   const py::object skip = source.attr("skip");
   const py::object max_norm = source.attr("max_norm");
@@ -107,12 +112,13 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   const bool needs_norm = skip_nonfinite || !max_norm.is_none();
   const bool may_skip = skip_nonfinite || !skip.is_none();
   const std::vector<Job> host_jobs = plan->jobs_on(kHost);
+  threads = useful_threads(host_jobs, threads);
 
   // What the norm adds up: on the CPU, and elsewhere.
   double sum = 0;
   py::list sums;
   if (needs_norm) {
-    {
+    if (!host_jobs.empty()) {
       py::gil_scoped_release unlocked;
       sum = run_norm(kernels_, Norm::two, plan->jobs_of_norm(), threads);
     }
@@ -127,7 +133,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   }
 
   Scaling scaling;
-  py::object norm = py::float_(std::numeric_limits<double>::quiet_NaN());
+  py::object norm = py::float_(kNoNorm);
   py::object skipped = py::bool_(false);
   // Whoever needs the verdict on the CPU waits for it.
   if (!host_jobs.empty() || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
@@ -171,11 +177,11 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
   }
-  {
+  if (!host_jobs.empty()) {
     py::gil_scoped_release unlocked;
     run_updates(plan->jobs_on(kHost), threads, factor);
-    plan->advance_counts();
   }
+  plan->advance_counts();
   plan->advance_plain_counts();
   plan->bump_versions();
   return py::make_tuple(norm, skipped);

@@ -43,7 +43,7 @@ class Engine {
   bool fast_gather() const { return reader_.fast(); }
   const Kernels& kernels() const { return kernels_; }
   bool emulated() const { return reader_.emulated(); }
-  bool has_cuda() const { return device_kernels_ != nullptr; }
+  bool has_kernels(int device) const { return reader_.has_kernels(device); }
 
  private:
   py::tuple step_on_devices(StepPlan* plan, const py::object& scaling, int threads,

@@ -30,7 +30,8 @@ static_assert(sizeof(DLPackExchangeAPI) == 56, "DLPack 1.x layout");
 enum { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3 };
 enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 
-TensorReader::TensorReader(bool fast, bool cuda, bool emulated) : cuda_(cuda), emulated_(emulated) {
+TensorReader::TensorReader(bool fast, bool (*runs_on)(int device), bool emulated)
+    : runs_on_(runs_on), emulated_(emulated) {
   const auto torch = py::module_::import("torch");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
@@ -165,7 +166,14 @@ static char* data_of(const DLTensor& tensor) {
 bool TensorReader::find_device(const DLTensor& tensor, int* device) const {
   const bool on_cpu = tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
   *device = on_cpu ? (emulated_ ? 0 : kHost) : tensor.device_id;
-  return on_cpu || (cuda_ && tensor.device_type == kDLCUDA);
+  return on_cpu || (tensor.device_type == kDLCUDA && has_kernels(tensor.device_id));
+}
+
+bool TensorReader::has_kernels(int device) const {
+  if (!runs_on_) return false;
+  const auto [at, is_new] = has_kernels_.try_emplace(device, false);
+  if (is_new) at->second = runs_on_(device);
+  return at->second;
 }
 
 // A fake tensor and a wrapper have none.

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -37,9 +38,11 @@ struct View {
 class TensorReader {
  public:
   // fast: use the exchange API if torch has it. emulated: take tensors on the CPU to be on cuda:0.
-  TensorReader(bool fast, bool cuda, bool emulated);
+  // runs_on: whether a CUDA device has kernels; null: none has.
+  TensorReader(bool fast, bool (*runs_on)(int device), bool emulated);
   bool fast() const { return from_py_object_ != nullptr; }
   bool emulated() const { return emulated_; }
+  bool has_kernels(int device) const;
 
   // param.grad, a DTensor's with the placements of the parameter.
   py::object grad(PyObject* param) const;
@@ -48,7 +51,7 @@ class TensorReader {
   void* current_stream(int device) const;
 
   // False, with no Python error set, for anything but a strided tensor of a supported dtype on the
-  // CPU or, if `cuda`, on a CUDA device.
+  // CPU or on a CUDA device that has kernels.
   // A DTensor is read as its local shard.
   bool read(PyObject* object, View* view, Held* held) const;
 
@@ -75,7 +78,9 @@ class TensorReader {
   py::object grad_;                // the descriptor of torch.Tensor.grad
   int (*from_py_object_)(void*, DLTensor*) = nullptr;
   int (*current_work_stream_)(int32_t, int32_t, void**) = nullptr;
-  bool cuda_, emulated_;
+  bool (*runs_on_)(int device);
+  bool emulated_;
+  mutable std::map<int, bool> has_kernels_;  // as far as it was asked
 };
 
 inline bool same_shape(const View& a, const View& b) {

@@ -29,9 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _engine.engine = _core.Engine(device="emulated")
     if device == "cuda":
         torch.set_default_device("cuda")
-    if (
-        device != "cpu"
-    ):  # there, torch steps what is not an array; the numbers are still to be right
+        # What switching on the check for waiting warns of, in tests that do.
+        config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode:UserWarning")
+    if device != "cpu":
+        # There, torch steps what is not an array; the numbers are still to be right.
         config.addinivalue_line(
             "filterwarnings", "ignore:.*torch's own implementation steps them:UserWarning"
         )

@@ -62,39 +62,16 @@ struct RuleRuns {
   Run update[3], fold[3];  // by Streams
 };
 
-template <template <class, bool...> class Family, size_t kBits, class Flags>
-struct Variant;
-template <template <class, bool...> class Family, size_t kBits, size_t... kFlag>
-struct Variant<Family, kBits, std::index_sequence<kFlag...>> {
-  using F32 = Family<float, ((kBits >> kFlag) & 1)...>;
-  using F64 = Family<double, ((kBits >> kFlag) & 1)...>;
-  static constexpr RuleRuns runs() {
+template <class F32, class F64>
+struct Make {
+  static constexpr RuleRuns entry(const char*, int) {
     return {
         {run_update<Uniform<float>, F32>, run_update<Mixed, F32>, run_update<Uniform<double>, F64>},
         {run_fold<float, F64>, run_fold<float, F64>, run_fold<double, F64>}};
   }
 };
 
-struct RuleTable {
-  RuleRuns rules[64];
-  int count;
-
-  template <template <class, bool...> class Family, class Flags, size_t... kBits>
-  constexpr void add(std::index_sequence<kBits...>) {
-    ((rules[count++] = Variant<Family, kBits, Flags>::runs()), ...);
-  }
-};
-
-constexpr RuleTable make_table() {
-  RuleTable table{};
-#define FUSEDOPT_ADD(name, Family, flags) \
-  table.add<Family, std::make_index_sequence<flags>>(std::make_index_sequence<1 << flags>());
-  FUSEDOPT_RULES(FUSEDOPT_ADD)
-#undef FUSEDOPT_ADD
-  return table;
-}
-
-constexpr RuleTable kTable = make_table();
+constexpr auto kTable = make_rule_table<RuleRuns, Make>();
 
 template <Norm kNorm>
 void run_norm(const void* args, int64_t bytes, int64_t units) {
@@ -126,12 +103,13 @@ constexpr Kernels kKernels = {
       kRuns[static_cast<int>(args.norm)](args);
     },
     [](const Launch&, int rule, Streams streams, const void* args, int64_t bytes, int64_t items) {
-      kTable.rules[rule].fold[static_cast<int>(streams)](args, bytes, items);
+      kTable.entries[rule].fold[static_cast<int>(streams)](args, bytes, items);
     },
     [](const Launch&, int rule, Streams streams, const void* args, int64_t bytes, int64_t units) {
-      kTable.rules[rule].update[static_cast<int>(streams)](args, bytes, units);
+      kTable.entries[rule].update[static_cast<int>(streams)](args, bytes, units);
     },
-    kLargeBytes};
+    [](int) { return true; },
+    [] { return kLargeBytes; }};
 
 }  // namespace
 

@@ -38,7 +38,7 @@ def configure(build: Path, value: str, *, as_variable: bool = False) -> str:
 @pytest.mark.parametrize("as_variable", [False, True])
 def test_on_without_nvcc_says_what_to_do(tmp_path: Path, as_variable: bool) -> None:
     said = configure(tmp_path, "ON", as_variable=as_variable)
-    assert "FUSEDOPT_CUDA=ON, but there is no nvcc: install the CUDA toolkit" in said
+    assert "there is no nvcc of CUDA 12 or later (none was found): install the CUDA toolkit" in said
 
 
 @pytest.mark.parametrize("value", ["AUTO", "OFF"])

@@ -1094,6 +1094,7 @@ def test_empty_local_shards_get_state(two_ranks: Any) -> None:
 # ---- Process -------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("devices have threads of their own")
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_set_num_threads_is_obeyed_from_any_thread(two_threads: None) -> None:
     used = []

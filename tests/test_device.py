@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt import _core, _engine, _memory
+from fusedopt import _core, _engine, _memory, clip
 from tests.helpers import (
     assert_same_bits,
     assert_same_state,
@@ -62,12 +63,12 @@ def assert_same_everywhere(actual: Optimizer, expected: Optimizer) -> None:
 def never_waiting() -> Iterator[None]:
     """Fail where the CPU asks for a number of the device."""
     with pytest.MonkeyPatch.context() as patch:
-        if torch.get_default_device().type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        else:
-            for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu"):
-                patch.setattr(Tensor, name, lambda *_: pytest.fail("waited"))
         try:
+            if torch.get_default_device().type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            else:
+                for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu"):
+                    patch.setattr(Tensor, name, lambda *_: pytest.fail("waited"))
             yield
         finally:
             if torch.get_default_device().type == "cuda":
@@ -143,7 +144,7 @@ def test_any_number_of_tensors(
     def trained() -> Any:
         params = [Parameter(values((n,), i, torch.float32)) for i, n in enumerate(sizes)]
         spare = Parameter(torch.ones(3))  # an optimizer needs one; it has no gradient
-        optimizer = fusedopt.AdamW([*params, spare], max_grad_norm=0.1)
+        optimizer = fusedopt.SGD([*params, spare], lr=0.1, momentum=0.9, max_grad_norm=0.1)
         train(optimizer, params, 2)
         return optimizer
 
@@ -161,7 +162,7 @@ def test_a_table_of_many_learning_rates_is_cut(capturing: None) -> None:
     def trained() -> Optimizer:
         params = [Parameter(values((3,), i, torch.float32)) for i in range(700)]
         groups = [{"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(params)]
-        optimizer = fusedopt.AdamW(groups)
+        optimizer = fusedopt.SGD(groups, momentum=0.9)
         train(optimizer, params, 2)
         return optimizer
 
@@ -252,6 +253,34 @@ def test_a_learning_rate_is_read_when_the_device_gets_there() -> None:
     assert_same_bits(params[0].detach(), before)
 
 
+def test_a_step_that_the_cpu_counts_is_not_captured(capturing: None) -> None:
+    """It would be the same one at each replay."""
+    params = parameters([(5,)], torch.float32)
+    set_gradients(params, 0)
+    before = params[0].detach().clone()
+    for optimizer in (fusedopt.AdamW(params), fusedopt.Adagrad(params)):
+        with pytest.raises(RuntimeError, match=r"step of params\[0\].*pass capturable=True"):
+            optimizer.step()
+    lookahead = fusedopt.Lookahead(fusedopt.SGD(params, lr=0.1))
+    with pytest.raises(RuntimeError, match="capture the wrapped optimizer's"):
+        lookahead.step()
+    assert_same_bits(params[0].detach(), before)
+    fusedopt.AdamW(params, capturable=True).step()
+
+
+def test_counts_that_become_capturable_move_before_the_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = parameters([(5,)], torch.float32)
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 1)
+    optimizer.param_groups[0]["capturable"] = True
+    train(optimizer, params, range(1, 2))
+    monkeypatch.setattr(_memory, "is_capturing", lambda _: True)
+    train(optimizer, params, range(2, 3))
+    assert float(optimizer.state[params[0]]["step"]) == 3
+
+
 # ---- verdicts that nobody waits for --------------------------------------------------------------
 
 
@@ -313,8 +342,48 @@ def test_a_skipped_step_changes_and_counts_nothing(config: Config, special: floa
     assert_same_state(optimizer, clean, lambda a, b: assert_same_bits(a.to(b.device), b))
 
 
+def test_a_device_that_knows_of_infinities_skips_what_torch_steps() -> None:
+    """Sparse gradients alone: the CPU makes the step, and has to wait for the verdict."""
+    p = Parameter(torch.ones(4, 2))
+    optimizer = fusedopt.SGD([p], lr=1.0, amp_scaling=True)
+    p.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1]]), torch.ones(1, 2), (4, 2), check_invariants=True
+    )
+    optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert (p == 1).all()
+    assert optimizer.skipped_steps == 1
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        optimizer.step()
+    assert (p[1] == 0.75).all()
+
+
+def test_skipped_steps_are_added_up_in_place() -> None:
+    """A graph repeats the addition, and has to find what it left."""
+    params = parameters([(5,)], torch.float32)
+    optimizer = fusedopt.SGD(params, lr=0.1, skip_nonfinite=True)
+    train(optimizer, params, 1)
+    counter = optimizer._skipped_steps
+    assert isinstance(counter, Tensor)
+    params[0].grad = torch.full_like(params[0], math.nan)
+    optimizer.step()
+    assert optimizer._skipped_steps is counter
+    assert optimizer.skipped_steps == 1
+
+
+def test_coefficients_have_the_bits_of_the_cpus() -> None:
+    norms = values((500,), 0).abs() * 3
+    for norm in norms:
+        actual = clip.coefficient(norm, 0.7)
+        assert isinstance(actual, Tensor)
+        assert float(actual) == _core.clip_coefficient(float(norm), 0.7)
+
+
 def test_counts_move_to_the_device_when_it_may_skip() -> None:
-    """And stay as they are; a checkpoint of theirs loads anywhere."""
+    """And stay as they are."""
     params = parameters([(5,)], torch.float32)
     optimizer = fusedopt.Adam(params)
     train(optimizer, params, 3)

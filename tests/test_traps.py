@@ -299,6 +299,7 @@ def test_omp_num_threads_of_a_launcher_is_obeyed() -> None:
     assert run_script(script, OMP_NUM_THREADS="1") == "1"
 
 
+@pytest.mark.cpu_only("devices have threads of their own")
 @counts_threads
 def test_small_work_stays_on_one_thread(two_threads: None) -> None:
     assert [threads_of_a_step(1_000), threads_of_a_step(1_000_000)] == [1, 2]

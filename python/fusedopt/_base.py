@@ -157,8 +157,19 @@ class Fused(Clips, FallsBack):
         self._norm = norm if asked else pending.norm
         self._pending = Pending()
         self._skipped = skipped
-        self._skipped_steps = self._skipped_steps + skipped  # a tensor once a device has counted
+        self._count_skipped(skipped)
         return loss
+
+    def _count_skipped(self, skipped: bool | Tensor) -> None:
+        """Add to `skipped_steps`; what a device counts, in place, as a graph repeats it."""
+        if isinstance(self._skipped_steps, Tensor):
+            if isinstance(skipped, Tensor):
+                skipped = clip.moved(skipped, self._skipped_steps.device, torch.float32)
+            self._skipped_steps += skipped
+        elif isinstance(skipped, Tensor):
+            self._skipped_steps = skipped + self._skipped_steps
+        else:
+            self._skipped_steps += skipped
 
     def _update(
         self, groups: list[dict[str, Any]], scaling: Scaling
@@ -212,7 +223,11 @@ class Fused(Clips, FallsBack):
     def _engine_group(self, group: dict[str, Any]) -> Group:
         rule = self._rule(group)
         lr = group["lr"]
-        if isinstance(lr, Tensor) and _is_read_there(lr) and on_device(next(iter(group["params"]), None)):
+        if (
+            isinstance(lr, Tensor)
+            and _is_read_there(lr)
+            and on_device(next(iter(group["params"]), None))
+        ):
             group = {**group, "lr": 1.0}  # the device folds it
         else:
             lr = number(lr)
@@ -247,8 +262,9 @@ class Fused(Clips, FallsBack):
         if self._lookahead and state.get(SLOW) is None:
             state[SLOW] = p.detach().clone(memory_format=torch.preserve_format)
 
-    def _move_count(self, p: Tensor, steps: float) -> None:
-        self.state[p]["step"] = torch.full((), steps, dtype=torch.float32, device=p.device)
+    def _move_count(self, p: Tensor, steps: float, to_device: bool) -> None:
+        device = p.device if to_device else "cpu"
+        self.state[p]["step"] = torch.full((), steps, dtype=torch.float32, device=device)
 
 
 def _is_read_there(lr: Tensor) -> bool:

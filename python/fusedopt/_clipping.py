@@ -56,9 +56,7 @@ class Clips(Optimizer):
             skip=self._unknown_skip(pending),
         )
         # (Tensors first: to compare one would be to wait for it.)
-        if self._released and (
-            any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()
-        ):
+        if self._released and (any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()):
             self._refuse_if_released()
         return scaling
 

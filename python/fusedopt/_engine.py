@@ -27,7 +27,9 @@ def on_device(x: object) -> bool:
     """Return whether x is a tensor that the engine's device kernels work on."""
     if not isinstance(x, Tensor):
         return False
-    return x.device.type == ("cpu" if engine.emulated else "cuda") and engine.has_cuda
+    if engine.emulated:
+        return x.device.type == "cpu"
+    return x.device.type == "cuda" and engine.has_kernels(x.device.index)
 
 
 def number_or_device(x: float | Tensor) -> float | Tensor:
@@ -61,8 +63,8 @@ class Group(NamedTuple):
     fold: Callable[[float], dict[str, float]]
     """Scalars of the rule for step number t; where lr is on a device, for some other lr."""
     create_state: Callable[[Tensor], None]
-    move_count: Callable[[Tensor, float], None]
-    """Put so many steps into the state of a parameter, on its device."""
+    move_count: Callable[[Tensor, float, bool], None]
+    """Put so many steps into the state of a parameter, on its device or on the CPU."""
 
 
 class Scaling(NamedTuple):

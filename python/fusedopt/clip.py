@@ -65,7 +65,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     """Return the norm of all elements of all tensors, accumulated in float64.
 
     A DTensor counts as the whole tensor, on every rank. With tensors on a device the norm is a
-    float64 tensor there, which nobody has waited for.
+    float64 tensor there, which nobody has waited for, if the order is 1, 2 or infinity.
     """
     if norm_type not in (1, 2, math.inf):
         return _norm_of_norms(tensors, norm_type)
@@ -156,21 +156,27 @@ def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
 
 def _join(norm_type: float, a: float | Tensor, b: float | Tensor) -> float | Tensor:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        b = b.to(a.device, non_blocking=True)
+        b = moved(b, a.device, b.dtype)
     if norm_type != math.inf:
         return a + b
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        device = next(x.device for x in (a, b) if isinstance(x, Tensor))
+        there = next(x for x in (a, b) if isinstance(x, Tensor))
         return torch.maximum(
-            *(torch.as_tensor(x, dtype=torch.float64, device=device) for x in (a, b))
+            *(x if isinstance(x, Tensor) else torch.full_like(there, x) for x in (a, b))
         )
     return float(np.maximum(a, b))  # NaN if either is
+
+
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return x there, without waiting unless the CPU is to read it."""
+    return x.to(device, dtype, non_blocking=device.type != "cpu")
 
 
 def coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
     """Return what clipping multiplies gradients by."""
     if isinstance(norm, Tensor):
-        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # (Torch divides a number by a tensor as the product with its reciprocal.)
+        return (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)
     return _core.clip_coefficient(norm, max_norm)
 
 
@@ -235,7 +241,7 @@ def get_total_norm(
     dtype = torch.float64 if wide else torch.float32
     device = tensors[0].device if tensors else torch.device("cpu")
     if isinstance(norm, Tensor):
-        return norm.to(device, dtype, non_blocking=True)
+        return moved(norm, device, dtype)
     return torch.tensor(norm, dtype=dtype, device=device)
 
 
@@ -253,8 +259,8 @@ def clip_grad_norm_(
     .. math:: g \leftarrow g \, \min\Big(1, \frac{c}{\|g\|_p + 10^{-6}}\Big)
 
     The same as `torch.nn.utils.clip_grad_norm_`, in one pass for the norm and, unless the factor
-    is 1, one for the gradients. An optimizer's ``max_grad_norm`` or ``clip_grad_norm_`` spares the
-    second.
+    is known to be 1, one for the gradients. An optimizer's ``max_grad_norm`` or
+    ``clip_grad_norm_`` spares the second.
 
     Args:
         parameters: a tensor, or any number of them; those without a gradient do not count.
@@ -298,4 +304,9 @@ def _scale_without_waiting(grads: Sequence[Tensor], norm: Tensor, max_norm: floa
         by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
     for (device, dtype), some in by_kind.items():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        torch._foreach_mul_(some, factor.to(device, wide, non_blocking=True))
+        there = moved(factor, device, wide)
+        if dtype == wide:
+            torch._foreach_mul_(some, there)
+        else:  # torch would round the factor to 16 bits
+            for grad in some:
+                grad.copy_(grad.to(wide) * there)
