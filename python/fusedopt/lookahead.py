@@ -184,7 +184,8 @@ class Lookahead(Optimizer):
         rows = [(p, p, self.state[p][SLOW]) for p in params]
         threads = torch.get_num_threads()
         for p, _, slow in _engine.engine.apply("lookahead", [self.alpha], rows, threads):
-            new_slow, new_p = self.reference(p, slow, alpha=self.alpha)
+            wide = torch.promote_types(p.dtype, torch.float32)
+            new_slow, new_p = self.reference(p.to(wide), slow.to(wide), alpha=self.alpha)
             slow.copy_(new_slow)
             p.copy_(new_p)
         torch.autograd.graph.increment_version(params)
