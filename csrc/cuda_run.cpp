@@ -50,7 +50,7 @@ static void for_each_table(const std::vector<Source>& sources, int64_t most_byte
                            MakeItem make_item, Use use) {
   Table<Item> table;
   for (const Source& source : sources) {
-    const std::string wanted = entry(source);
+    const std::string& wanted = entry(source);
     const int64_t added = static_cast<int64_t>(wanted.size() + sizeof(Item));
     if (!table.items.empty() && table.bytes() > most_bytes - added) {
       use(table);
@@ -114,8 +114,9 @@ void Queue::norm(Norm norm, const std::vector<NormItem>& items, FinishArgs finis
   for (const NormItem& item : items) blocks += units_of(item.numel, kNormBlock);
   double* const sums = allocate<double>(blocks + 1);
   int64_t begin = 0;
+  const std::string none;
   for_each_table<NormItem>(
-      items, most_bytes<NormItem>(), [](const NormItem&) { return std::string(); },
+      items, most_bytes<NormItem>(), [&](const NormItem&) -> const std::string& { return none; },
       [&](NormItem item, int32_t, Table<NormItem>& table) {
         item.begin = begin;
         begin += units_of(item.numel, kNormBlock);
@@ -142,15 +143,31 @@ static T round_scalar(double scalar) {
   return rounded != rounded ? std::numeric_limits<T>::quiet_NaN() : rounded;  // no payload
 }
 
+namespace {
+
+// The scalars of updates as a table has them; those of neighbours are usually the same.
 template <class T>
-static std::string folded(const Update* update) {
-  Folded<T> folded{};
-  for (size_t i = 0; i < update->scalars->size(); ++i) {
-    folded.scalars[i] = round_scalar<T>((*update->scalars)[i]);
+class Entries {
+ public:
+  const std::string& operator()(const Update* update) {
+    if (!last_ || update->scalars != last_->scalars || update->grad_scale != last_->grad_scale) {
+      Folded<T> folded{};
+      for (size_t i = 0; i < update->scalars->size(); ++i) {
+        folded.scalars[i] = round_scalar<T>((*update->scalars)[i]);
+      }
+      folded.grad_scale = round_scalar<T>(update->grad_scale);
+      bytes_ = bytes_of(folded);
+      last_ = update;
+    }
+    return bytes_;
   }
-  folded.grad_scale = round_scalar<T>(update->grad_scale);
-  return bytes_of(folded);
-}
+
+ private:
+  const Update* last_ = nullptr;
+  std::string bytes_;
+};
+
+}  // namespace
 
 template <class T>
 void Queue::update_alike(const std::vector<const Update*>& updates, Streams streams,
@@ -161,7 +178,7 @@ void Queue::update_alike(const std::vector<const Update*>& updates, Streams stre
     on_device = allocate<Folded<T>>(static_cast<int64_t>(updates.size()));
     Folded<T>* next = on_device;
     for_each_table<FoldItem>(
-        updates, most_bytes<FoldItem>(), folded<double>,
+        updates, most_bytes<FoldItem>(), Entries<double>(),
         [](const Update* update, int32_t index, const Table<FoldItem>&) {
           const Clock& clock = update->clock;
           return FoldItem{clock.step, clock.lr, clock.host_lr, clock.t, index, clock.lr_is_double};
@@ -175,9 +192,13 @@ void Queue::update_alike(const std::vector<const Update*>& updates, Streams stre
         });
   }
   int32_t number = 0;
+  const std::string none;
+  Entries<T> entries;
   for_each_table<UpdateItem>(
       updates, most_bytes<UpdateItem>(),
-      [&](const Update* update) { return on_device ? std::string() : folded<T>(update); },
+      [&](const Update* update) -> const std::string& {
+        return on_device ? none : entries(update);
+      },
       [&](const Update* update, int32_t index, Table<UpdateItem>& table) {
         UpdateItem item{};
         for (int s = 0; s < update->stream_count; ++s) {

@@ -24,28 +24,37 @@ functions_with() {
     $0 ~ pattern { if (!seen[name]++) print name }' "$2"
 }
 
+compile() { # ARCH
+  local to=$out/sm_$1
+  mkdir -p "$to"
+  nvcc "${flags[@]}" -gencode "arch=compute_$1,code=sm_$1" -Xptxas=-v --keep --keep-dir "$to" \
+    -c csrc/cuda_kernel.cu -o "$to/cuda_kernel.o" 2>"$to/log" || { cat "$to/log" >&2; return 1; }
+}
+jobs=()
 for arch in "${archs[@]}"; do
-  nvcc "${flags[@]}" -gencode "arch=compute_$arch,code=sm_$arch" -Xptxas=-v \
-    --keep --keep-dir "$out" -c csrc/cuda_kernel.cu -o "$out/sm_$arch.o" 2>"$out/sm_$arch.log" ||
-    { cat "$out/sm_$arch.log" >&2; exit 1; }
-  mv "$out/cuda_kernel.ptx" "$out/sm_$arch.ptx"
+  compile "$arch" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
 
-  kernels=$(grep --count 'Compiling entry function' "$out/sm_$arch.log")
-  frames=$(grep 'bytes stack frame' "$out/sm_$arch.log" |
+for arch in "${archs[@]}"; do
+  log=$out/sm_$arch/log ptx=$out/sm_$arch/cuda_kernel.ptx
+  kernels=$(grep --count 'Compiling entry function' "$log")
+  frames=$(grep 'bytes stack frame' "$log" |
     grep --invert-match --count ' 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads') || true
   ((frames == 0)) || fail "sm_$arch: $frames kernels spill registers or keep a stack frame"
 
-  updates=$(functions_with '^[.](visible )?[.]?entry' "$out/sm_$arch.ptx" | grep --count update_kernel) || true
+  updates=$(functions_with '^[.](visible )?[.]?entry' "$ptx" | grep --count update_kernel) || true
   ((kernels > 200 && updates > 100)) || fail "sm_$arch: found $kernels kernels, $updates updates"
   # "Mixed" and "Uniform<float>" are the updates in float; I7UniformIf is how the latter is mangled.
-  in_float=$(functions_with '[.]f64|fma' "$out/sm_$arch.ptx" |
+  in_float=$(functions_with '[.]f64|fma' "$ptx" |
     grep update_kernel | grep --extended-regexp '5Mixed|7UniformIf') || true
   [[ -z $in_float ]] || fail "sm_$arch: fma or f64 in $in_float"
   # That the pattern finds what it is to find: the updates in double are full of it.
-  doubles=$(functions_with '[.]f64' "$out/sm_$arch.ptx" | grep --count 7UniformId) || true
+  doubles=$(functions_with '[.]f64' "$ptx" | grep --count 7UniformId) || true
   ((doubles > 20)) || fail "sm_$arch: the check found f64 in $doubles updates in double"
   for needed in 'div[.]rn[.]f32' 'sqrt[.]rn[.]f32'; do
-    grep --quiet "$needed" "$out/sm_$arch.ptx" || fail "sm_$arch: no $needed"
+    grep --quiet "$needed" "$ptx" || fail "sm_$arch: no $needed"
   done
   echo "sm_$arch: $kernels kernels, $updates of them updates"
 done
