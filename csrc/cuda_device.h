@@ -291,8 +291,7 @@ FUSEDOPT_FN void update(const Arguments& args, int64_t block, int64_t blocks, in
   }
 }
 
-// ---- scalars that depend on what the device has
-// --------------------------------------------------
+// ---- scalars that depend on what the device has -------------------------------------------------
 
 // Advances the steps of item `i`, and folds its scalars for the step that is now taken.
 template <class T, class Rule, class Arguments>
@@ -399,8 +398,8 @@ FUSEDOPT_FN void make_decision(const FinishArgs& args, double sum) {
   args.decision->factor = verdict.factor;
   args.decision->factor_f32 = static_cast<float>(verdict.factor);
   args.decision->skipped = skipped;
-  if (args.norm_result) *args.norm_result = static_cast<float>(verdict.norm);
-  if (args.skipped_result) *args.skipped_result = skipped;
+  *args.norm_result = static_cast<float>(verdict.norm);
+  *args.skipped_result = skipped;
 }
 
 // For one block of threads.

@@ -10,14 +10,14 @@
 namespace fusedopt {
 namespace cuda {
 
-bool can_access(const Stream* streams, int count, Streams* kind) {
+bool can_access(const Job& job, Streams* kind) {
+  const Stream *const streams = job.streams, *const end = streams + job.stream_count;
   const auto all = [&](DType dtype) {
-    return std::all_of(streams, streams + count, [&](const Stream& s) { return s.dtype == dtype; });
+    return std::all_of(streams, end, [&](const Stream& s) { return s.dtype == dtype; });
   };
   *kind = all(DType::f32) ? Streams::f32 : all(DType::f64) ? Streams::f64 : Streams::mixed;
-  return *kind != Streams::mixed || std::none_of(streams, streams + count, [](const Stream& s) {
-    return s.dtype == DType::f64;
-  });
+  return *kind != Streams::mixed ||
+         std::none_of(streams, end, [](const Stream& s) { return s.dtype == DType::f64; });
 }
 
 // ---- tables -------------------------------------------------------------------------------------
@@ -150,10 +150,11 @@ template <class T>
 class Entries {
  public:
   const std::string& operator()(const Update* update) {
-    if (!last_ || update->scalars != last_->scalars || update->grad_scale != last_->grad_scale) {
+    if (!last_ || update->job->scalars != last_->job->scalars ||
+        update->grad_scale != last_->grad_scale) {
       Folded<T> folded{};
-      for (size_t i = 0; i < update->scalars->size(); ++i) {
-        folded.scalars[i] = round_scalar<T>((*update->scalars)[i]);
+      for (int i = 0; i < update->scalar_count; ++i) {
+        folded.scalars[i] = round_scalar<T>(update->job->scalars[i]);
       }
       folded.grad_scale = round_scalar<T>(update->grad_scale);
       bytes_ = bytes_of(folded);
@@ -201,14 +202,15 @@ void Queue::update_alike(const std::vector<const Update*>& updates, Streams stre
       },
       [&](const Update* update, int32_t index, Table<UpdateItem>& table) {
         UpdateItem item{};
-        for (int s = 0; s < update->stream_count; ++s) {
-          item.data[s] = update->streams[s].data;
-          item.dtypes[s] = update->streams[s].dtype;
+        const Job& job = *update->job;
+        for (int s = 0; s < job.stream_count; ++s) {
+          item.data[s] = job.streams[s].data;
+          item.dtypes[s] = job.streams[s].dtype;
         }
-        item.numel = update->numel;
+        item.numel = job.numel;
         item.begin = table.units;
         item.folded = on_device ? number++ : index;
-        table.units += units_of(update->numel, kTile);
+        table.units += units_of(job.numel, kTile);
         return item;
       },
       [&](const Table<UpdateItem>& table) {
@@ -226,7 +228,7 @@ void Queue::update(const std::vector<Update>& updates, const Decision* decision,
   for (size_t i = 0; i < updates.size(); ++i) {
     const Update& update = updates[i];
     Streams kind;
-    can_access(update.streams, update.stream_count, &kind);
+    can_access(*update.job, &kind);
     alike[{in_order ? i : 0, update.rule, kind, update.clock.is_on_device()}].push_back(&update);
   }
   for (const auto& [key, group] : alike) {

@@ -23,16 +23,14 @@ struct Clock {
 // One rule applied to one parameter.
 struct Update {
   int rule;  // its index among the kernels of the CPU
-  const std::vector<double>* scalars;
+  int scalar_count;
+  const Job* job;
   double grad_scale;
   Clock clock;
-  int64_t numel;
-  const Stream* streams;
-  int stream_count;
 };
 
-// How the streams are accessed; false if no kernel does.
-bool can_access(const Stream* streams, int count, Streams* kind);
+// How the streams of a job are accessed; false if no kernel does.
+bool can_access(const Job& job, Streams* kind);
 
 // Memory of the device that outlives all launches of a step.
 struct Memory {

@@ -9,7 +9,7 @@ static T* pointer(const py::object& tensor) {
 
 // Torch's allocator hands out memory in the order of the stream: what is let go after a step is
 // used anew by later work only.
-static cuda::Memory make_memory(const py::object& memory, int place,
+static cuda::Memory make_memory(const py::object& memory, int place, bool is_capturing,
                                 const std::shared_ptr<Held>& held) {
   const auto keep = [held](const py::object& tensor) {
     held->push_back(tensor);
@@ -18,7 +18,7 @@ static cuda::Memory make_memory(const py::object& memory, int place,
   cuda::Memory result;
   result.allocate = [=](int64_t bytes) { return keep(memory.attr("empty")(place, bytes)); };
   // A graph would read the host's copy again whenever it is replayed.
-  if (!py::cast<bool>(memory.attr("is_capturing")(place))) {
+  if (!is_capturing) {
     result.upload = [=](const std::string& bytes) {
       return keep(memory.attr("upload")(place, py::bytes(bytes)));
     };
@@ -30,13 +30,10 @@ DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reade
     : device_(device),
       place_(reader.emulated() ? kHost : device),
       memory_(py::module_::import("fusedopt._memory")),
+      is_capturing_(py::cast<bool>(memory_.attr("is_capturing")(place_))),
       held_(std::make_shared<Held>()),
       queue_(kernels, {device, reader.current_stream(device)},
-             make_memory(memory_, place_, held_)) {}
-
-bool DeviceQueue::is_capturing() const {
-  return py::cast<bool>(memory_.attr("is_capturing")(place_));
-}
+             make_memory(memory_, place_, is_capturing_, held_)) {}
 
 py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items) const {
   const py::object result = memory_.attr("scalar")(place_, "float64");

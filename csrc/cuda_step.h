@@ -11,7 +11,7 @@ class DeviceQueue {
   DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reader, int device);
 
   int device() const { return device_; }
-  bool is_capturing() const;
+  bool is_capturing() const { return is_capturing_; }
 
   // What the norm adds up, as a 0-dim float64 tensor.
   py::object sum(Norm norm, const std::vector<cuda::NormItem>& items) const;
@@ -31,6 +31,7 @@ class DeviceQueue {
   int device_;
   int place_;          // of its memory: the device, or kHost if it is emulated
   py::object memory_;  // the module fusedopt._memory
+  bool is_capturing_;  // into a graph
   std::shared_ptr<Held> held_;
   cuda::Queue queue_;
   cuda::Decision* decision_ = nullptr;

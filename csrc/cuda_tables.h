@@ -2,8 +2,6 @@
 // of the device. Plain structs, the same for the host and every device.
 #pragma once
 
-#include <algorithm>
-
 #include "engine.h"
 
 namespace fusedopt {
@@ -107,8 +105,8 @@ struct FinishArgs {
   const double* sums;                          // and more such,
   int64_t sum_count;                           // so many
   const double *unscale, *coefficient, *skip;  // null, or in place of the host's
-  float* norm_result;                          // null, or where the norm goes
-  float* skipped_result;                       // null, or where 1 goes for a skipped step
+  float* norm_result;
+  float* skipped_result;  // 1 for a skipped step
 };
 
 // How the streams of an update are stored: all as float; some as float, others in 16 bits; all as

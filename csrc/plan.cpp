@@ -495,28 +495,20 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
     }
     clock.step = entry.count.device == device ? static_cast<float*>(entry.count.data) : nullptr;
     clock.t = entry.t;
-    const Job& job = jobs_[i];
-    updates.push_back({static_cast<int>(&entry.folded->rule - kernels_.rules),
-                       &entry.folded->scalars, job.grad_scale * factor, clock, job.numel,
-                       job.streams, job.stream_count});
+    const Rule& rule = entry.folded->rule;
+    updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, &jobs_[i],
+                       jobs_[i].grad_scale * factor, clock});
   }
   return updates;
 }
 
-std::vector<cuda::Update> StepPlan::updates_after(int device) {
+std::vector<cuda::Update> StepPlan::updates_after(int device) const {
   const Rule& rule = find_rule(kernels_, "lookahead", 0);
   std::vector<cuda::Update> updates;
   for (size_t i = 0; i < entries_.size(); ++i) {
     const Job* then = jobs_[i].then;
     if (entries_[i].device != device || !then) continue;
-    alphas_.push_back({entries_[i].group->alpha});
-    updates.push_back({static_cast<int>(&rule - kernels_.rules),
-                       &alphas_.back(),
-                       1,
-                       {},
-                       then->numel,
-                       then->streams,
-                       then->stream_count});
+    updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, then, 1, {}});
   }
   return updates;
 }

@@ -83,7 +83,7 @@ class StepPlan {
   bool skips_on_host() const;
   std::vector<cuda::NormItem> norm_items(int device) const;
   std::vector<cuda::Update> updates(int device, double factor);
-  std::vector<cuda::Update> updates_after(int device);  // Lookahead's
+  std::vector<cuda::Update> updates_after(int device) const;  // Lookahead's
 
   py::list unsupported;  // [(group index, parameter), ...]
   // Gradients, among those of jobs() and of `unsupported`, that a norm needs Python for: the
@@ -120,7 +120,6 @@ class StepPlan {
   std::deque<Folded> folded_;
   Layouts layouts_;
   std::deque<Job> jobs_after_;
-  std::deque<std::vector<double>> alphas_;  // one a job of jobs_after_ that is on a device
 };
 
 }  // namespace fusedopt

@@ -221,8 +221,7 @@ py::tuple Engine::norm(const py::sequence& tensors, double order, int threads) c
   return py::make_tuple(sum, sums, others);
 }
 
-// ---- one rule, without an optimizer
-// --------------------------------------------------------------
+// ---- one rule, without an optimizer -------------------------------------------------------------
 
 py::list Engine::apply(const std::string& rule_name, const std::vector<double>& scalars,
                        const py::sequence& rows, int threads) const {
@@ -284,18 +283,12 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
   jobs[0].grad_scale = grad_scale;
   if (views[0].device != kHost) {
     cuda::Streams streams;
-    if (jobs[0].layout || !cuda::can_access(jobs[0].streams, jobs[0].stream_count, &streams)) {
+    if (jobs[0].layout || !cuda::can_access(jobs[0], &streams)) {
       throw py::value_error("no kernel of a device takes tensors of these strides and dtypes");
     }
     const DeviceQueue queue(*device_kernels_, reader_, views[0].device);
-    queue.update({{static_cast<int>(&rule - kernels_.rules),
-                   &scalars,
-                   grad_scale,
-                   {},
-                   jobs[0].numel,
-                   jobs[0].streams,
-                   jobs[0].stream_count}},
-                 /*in_order=*/false);
+    const int number = static_cast<int>(&rule - kernels_.rules);
+    queue.update({{number, rule.scalars, &jobs[0], grad_scale, {}}}, /*in_order=*/false);
     return;
   }
   py::gil_scoped_release unlocked;
