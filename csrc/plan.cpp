@@ -257,12 +257,16 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   return complete;
 }
 
+bool StepPlan::counts_on_device(const Entry& entry) const {
+  return entry.device != kHost && (entry.group->counts_on_device || may_skip_);
+}
+
 void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   bool any_order = true;
   entry.step = find(entry.state, step_key(), cursor, &any_order);
   if (!entry.step) return;
   held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
-  const bool on_device = entry.device != kHost && (entry.group->counts_on_device || may_skip_);
+  const bool on_device = counts_on_device(entry);
   bool elsewhere = false;
   double steps;
   if (reader_.read_count(entry.step, &entry.count, &held_)) {
@@ -292,15 +296,7 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
                           "so far");
   }
   entry.t = steps + 1;
-  if (on_device || elsewhere) {  // the same count where it belongs, from now on
-    entry.group->move_count(py::handle(entry.param), steps, on_device);
-    entry.step = PyDict_GetItem(entry.state, step_key());
-    held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
-    reader_.read_count(entry.step, &entry.count, &held_);
-    if (!on_device) return;
-    entry.count.device = entry.device;
-    entry.t = 1;
-  }
+  entry.has_to_move = on_device || elsewhere;
 }
 
 // A parameter that is listed twice is stepped twice, the second time with the next number.
@@ -347,6 +343,22 @@ void StepPlan::fold_scalars() {
     const bool same = before && before->group == entry.group && before->t == entry.t;
     entry.folded = same ? before->folded : fold(entry);
     set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
+  }
+}
+
+// Puts counts where they belong: a checkpoint may have them elsewhere, and a step that only a
+// device knows to be skipped is counted there.
+void StepPlan::move_counts() {
+  for (Entry& entry : entries_) {
+    if (!entry.has_to_move) continue;
+    const bool on_device = counts_on_device(entry);
+    if (PyDict_GetItem(entry.state, step_key()) == entry.step) {  // listed for the first time
+      entry.group->move_count(py::handle(entry.param), entry.t - 1, on_device);
+    }
+    entry.step = PyDict_GetItem(entry.state, step_key());
+    held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
+    reader_.read_count(entry.step, &entry.count, &held_);
+    entry.count.device = on_device ? entry.device : kHost;
   }
 }
 

@@ -49,6 +49,7 @@ struct Entry {
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
   bool is_new = false;             // lacks a state of its rule
+  bool has_to_move = false;        // the count, to where it belongs
   int device = kHost;
   cuda::NormItem norm_item = {};  // of its gradient, on a device
   bool fits = true;               // all streams are arrays of one order that a device can access
@@ -65,6 +66,7 @@ class StepPlan {
   void fold_scalars();
 
   // ---- what changes something
+  void move_counts();
   void create_missing_states();
   void advance_counts() const;        // those in tensors; needs no GIL
   void advance_plain_counts() const;  // those that are Python numbers
@@ -98,6 +100,7 @@ class StepPlan {
   bool read_states(Entry& entry, View* views);
   void read_state(const Entry& entry, PyObject* tensor, const py::str& key, const View& param,
                   View* view);
+  bool counts_on_device(const Entry& entry) const;
   void read_step(Entry& entry, Py_ssize_t* cursor);
   void count_repeats();
   const Folded* fold(const Entry& entry);

@@ -86,6 +86,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
     fallback(plan.unsupported, scaling.unscale * scaling.coefficient);
   }
   plan.create_missing_states();
+  plan.move_counts();
   {
     py::gil_scoped_release unlocked;
     const Verdict last = run(kernels_, plan.jobs(), threads, scaling);
@@ -172,6 +173,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->unsupported.empty()) fallback(plan->unsupported, factor);
   plan->create_missing_states();
+  plan->move_counts();
   for (const DeviceQueue& queue : queues) {
     const bool in_order = any_overlap(plan->jobs_on(queue.device()));
     queue.update(plan->updates(queue.device(), factor), in_order);

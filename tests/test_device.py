@@ -401,6 +401,33 @@ def test_counts_move_to_the_device_when_it_may_skip() -> None:
     assert_same_bits(params[0].detach(), plain_params[0].detach())
 
 
+def test_a_count_stays_where_it_is_if_the_step_fails() -> None:
+    params = parameters([(5,), (3,)], torch.float32)
+    optimizer = fusedopt.Adam(params)
+    train(optimizer, params, 1)
+    optimizer.skip_nonfinite = True
+    step = optimizer.state[params[0]]["step"]
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="exp_avg of params"):
+        train(optimizer, params, 1)
+    assert optimizer.state[params[0]]["step"] is step
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_listed_twice_has_one_count_that_moves() -> None:
+    (p,) = parameters([(5,)], torch.float32)
+    optimizer = fusedopt.Adam([p, p])
+    train(optimizer, [p], 2)
+    optimizer.skip_nonfinite = True
+    train(optimizer, [p], range(2, 4))
+    assert float(optimizer.state[p]["step"]) == 8
+
+    (q,) = parameters([(5,)], torch.float32)
+    plain = fusedopt.Adam([q, q])
+    train(plain, [q], 4)
+    assert_same_bits(p.detach(), q.detach())
+
+
 def test_the_first_step_of_dampened_momentum_waits_for_the_verdict() -> None:
     """A skipped one would leave a buffer of zeros, and the next step would not be a first one."""
     params = parameters([(5,)], torch.float32)
