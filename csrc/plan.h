@@ -55,6 +55,8 @@ struct Entry {
   bool fits = true;               // all streams are arrays of one order that a device can access
 };
 
+PyObject* step_key();  // of a state
+
 class StepPlan {
  public:
   // may_skip: whether a device may find out that nothing is to be done; it then counts the steps.

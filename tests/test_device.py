@@ -349,12 +349,12 @@ def test_a_device_that_knows_of_infinities_skips_what_torch_steps() -> None:
     p.grad = torch.sparse_coo_tensor(
         torch.tensor([[1]]), torch.ones(1, 2), (4, 2), check_invariants=True
     )
-    optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]  # scalers do
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]  # scalers do
     optimizer.step()
     assert (p == 1).all()
     assert optimizer.skipped_steps == 1
-    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]  # scalers do
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         optimizer.step()
@@ -507,7 +507,7 @@ def test_a_loss_goes_down() -> None:
     for _ in range(30):
         optimizer.zero_grad()
         loss = squares(params, 1.0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]

@@ -59,11 +59,11 @@ class Training:
         return torch.tensor(self.losses, dtype=torch.float64)
 
 
-class Plain(Training, LightningModule):  # type: ignore[misc]
+class Plain(Training, LightningModule):  # type: ignore[misc]  # mypy does not see lightning
     pass
 
 
-class Fused(FusedClipping, Training, LightningModule):  # type: ignore[misc]
+class Fused(FusedClipping, Training, LightningModule):  # type: ignore[misc]  # mypy does not see lightning
     pass
 
 
@@ -175,6 +175,7 @@ def watched(cls: Any, norms: list[list[float]], **options: Any) -> Any:
 def test_the_step_clips_once_for_all_that_was_accumulated(package: str, precision: str) -> None:
     lightning = importlib.import_module(package)
 
+    # mypy does not see this one either
     class Module(FusedClipping, Training, lightning.LightningModule):  # type: ignore[misc, name-defined]
         pass
 

@@ -217,7 +217,7 @@ def test_in_bfloat16_it_has_torchs_bits(tmp_path: Path) -> None:
     assert_same_state(inside(actual), inside(expected), assert_same_bits)
 
 
-class Scales(Trainer):  # type: ignore[misc]
+class Scales(Trainer):  # type: ignore[misc]  # mypy does not see transformers
     """Scales the loss for float16, which accelerate does on a GPU alone; torch can on a CPU."""
 
     def create_accelerator_and_postprocess(self) -> None:

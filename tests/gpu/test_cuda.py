@@ -155,10 +155,10 @@ def test_work_is_in_the_current_stream() -> None:
     p = Parameter(torch.zeros(1000, device="cuda"))
     p.grad = torch.zeros(1000, device="cuda")
     optimizer = fusedopt.SGD([p], lr=1.0)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of torch
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # of torch
         p.grad.fill_(1.0)
         optimizer.step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -216,7 +216,7 @@ def _has_capturable(config: Config) -> bool:
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Return a graph of the step, taken after three in a stream of their own, as torch wants."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of torch
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -250,7 +250,7 @@ def test_a_captured_training_step(config: Config, clip: float | None, tensors: i
     def train_step(params: list[Parameter], optimizer: Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack([(p * x).square().sum() for p in params]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer.step()
 
     def fill(step: int) -> None:
@@ -304,7 +304,7 @@ def test_scalers(config: Config, own: bool) -> None:
 
     (actual, scaler), (expected, torch_scaler) = run(True), run(False)
     assert scaler.get_scale() == torch_scaler.get_scale()
-    assert actual.skipped_steps == 2  # type: ignore[attr-defined]
+    assert actual.skipped_steps == 2  # type: ignore[attr-defined]  # a fused one
     assert_same_state(actual, expected, close_to_cpu)
 
 

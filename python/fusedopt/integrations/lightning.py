@@ -27,6 +27,8 @@ class FusedClipping:
     Write ``class Model(FusedClipping, LightningModule)``.
     """
 
+    trainer: Any  # LightningModule's
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,
@@ -41,7 +43,7 @@ class FusedClipping:
             or fused._step_supports_amp_scaling
             or max_norm <= 0
             or gradient_clip_algorithm not in (None, "norm")
-            or type(self.trainer.precision_plugin).__name__ not in _PLAIN  # type: ignore[attr-defined]
+            or type(self.trainer.precision_plugin).__name__ not in _PLAIN
         ):
             super().configure_gradient_clipping(  # type: ignore[misc]  # of LightningModule
                 optimizer,
