@@ -37,15 +37,18 @@ constexpr int kVectorBytes = 16;
 
 // ---- one rule over arrays that V can load -------------------------------------------------------
 
-// Asks for what lies a fixed distance after `at`; at the end of an array of n, for nothing new.
+// Asks for what lies a fixed distance after `at`, in the array of n elements or, past its end, in
+// the one that comes next.
 template <class Stored>
-FUSEDOPT_FN void prefetch(const Stored* from, int64_t at, int64_t n) {
+FUSEDOPT_FN void prefetch(const Stored* from, int64_t at, int64_t n, const void* next) {
   const int64_t ahead = at + kPrefetchBytes / int64_t{sizeof(Stored)};
-  __builtin_prefetch(from + (ahead < n ? ahead : at));
+  const auto* there = static_cast<const Stored*>(next);
+  __builtin_prefetch(ahead < n ? from + ahead : there + (ahead - n));
 }
 
 template <class V, class T, class Stored, class Rule>
-FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n) {
+FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n,
+                       const void* const* next) {
   // The tail is the same text on a partial vector.
   const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
     V p = load(streams[kParam]);
@@ -58,7 +61,7 @@ FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, i
   };
   int64_t i = 0;
   for (; i + V::kLanes <= n; i += V::kLanes) {
-    for (int s = 0; s < kFirstState + Rule::kStates; ++s) prefetch(streams[s], i, n);
+    for (int s = 0; s < kFirstState + Rule::kStates; ++s) prefetch(streams[s], i, n, next[s]);
     step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
   }
   if (i < n) {
@@ -114,12 +117,12 @@ Rule fold(const double* scalars) {
 
 template <class V, class Stored, class T, class Rule>
 void update_in_place(const Rule& rule, T grad_scale, const Stream* streams, int64_t first,
-                     int64_t count) {
+                     int64_t count, const void* const* next) {
   Stored* arrays[kFirstState + Rule::kStates];
   for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
     arrays[s] = reinterpret_cast<Stored*>(streams[s].data) + first;
   }
-  apply<V>(rule, grad_scale, arrays, count);
+  apply<V>(rule, grad_scale, arrays, count, next);
 }
 
 // Any mixture of dtypes: each stream goes through a tile of scratch in compute precision.
@@ -129,11 +132,12 @@ void update_in_tiles(const Rule& rule, T grad_scale, const Stream* streams, int6
   constexpr int kStreams = kFirstState + Rule::kStates;
   T scratch[kStreams][kTile];
   T* arrays[kStreams];
-  for (int s = 0; s < kStreams; ++s) arrays[s] = scratch[s];
+  const void* in_cache[kStreams];
+  for (int s = 0; s < kStreams; ++s) in_cache[s] = arrays[s] = scratch[s];
   for (const int64_t end = first + count; first < end; first += kTile) {
     const int64_t n = end - first < kTile ? end - first : kTile;
     for (int s = 0; s < kStreams; ++s) decode_tile(streams[s], first, scratch[s], n);
-    apply<Vec<T>>(rule, grad_scale, arrays, n);
+    apply<Vec<T>>(rule, grad_scale, arrays, n, in_cache);
     for (int s = 0; s < kStreams; ++s) {
       if (s != kGrad) encode_tile(scratch[s], streams[s], first, n);
     }
@@ -142,7 +146,7 @@ void update_in_tiles(const Rule& rule, T grad_scale, const Stream* streams, int6
 
 template <class T, class Rule>
 void update(const double* scalars, double grad_scale, const Stream* streams, int64_t first,
-            int64_t count) {
+            int64_t count, const void* const* next) {
   const Rule rule = fold<T, Rule>(scalars);
   const T scale = round_scalar<T>(grad_scale);
   const auto all_are = [streams](DType dtype) {
@@ -152,17 +156,17 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
     return true;
   };
   if (all_are(kComputeType<T>)) {
-    return update_in_place<Vec<T>, T>(rule, scale, streams, first, count);
+    return update_in_place<Vec<T>, T>(rule, scale, streams, first, count, next);
   }
   // Converted in registers, 16-bit elements take two thirds of the time that they take in tiles, in
   // cache and out of it.
   if constexpr (std::is_same_v<T, float>) {
     if (all_are(DType::bf16)) {
-      return update_in_place<BFloat16Vec, BFloat16>(rule, scale, streams, first, count);
+      return update_in_place<BFloat16Vec, BFloat16>(rule, scale, streams, first, count, next);
     }
 #if defined(__F16C__)
     if (all_are(DType::f16)) {
-      return update_in_place<Vec<float>, Float16>(rule, scale, streams, first, count);
+      return update_in_place<Vec<float>, Float16>(rule, scale, streams, first, count, next);
     }
 #endif
   }
@@ -188,7 +192,7 @@ struct Largest {
 };
 
 template <class Sum, class T>
-double norm_block(const T* x, int64_t n) {
+double norm_block(const T* x, int64_t n, const void* next) {
   constexpr int kVectors = kNormLanes / Vec<double>::kLanes;
   Vec<double> sums[kVectors] = {};
   const auto add = [&](const T* from) __attribute__((always_inline)) {
@@ -198,7 +202,7 @@ double norm_block(const T* x, int64_t n) {
   };
   int64_t i = 0;
   for (; i + kNormLanes <= n; i += kNormLanes) {
-    prefetch(x, i, n);
+    prefetch(x, i, n, next);
     add(x + i);
   }
   T padded[kNormLanes] = {};
@@ -213,19 +217,28 @@ double norm_block(const T* x, int64_t n) {
 }
 
 template <class Sum>
-void norm_blocks(const Stream& stream, int64_t first, int64_t count, double* blocks) {
+void norm_blocks(const Stream& stream, int64_t first, int64_t count, const void* next,
+                 double* blocks) {
+  const auto norm_in_place = [&](auto* x, int64_t n) {
+    x += first;
+    return norm_block<Sum>(x, n, n < count ? x + n : next);
+  };
   float decoded[kNormBlock];
-  for (const int64_t end = first + count; first < end; first += kNormBlock) {
-    const int64_t n = end - first < kNormBlock ? end - first : kNormBlock;
+  while (count > 0) {
+    const int64_t n = count < kNormBlock ? count : kNormBlock;
     switch (stream.dtype) {
       case DType::f32:
-        *blocks++ = norm_block<Sum>(reinterpret_cast<const float*>(stream.data) + first, n);
+        *blocks++ = norm_in_place(reinterpret_cast<const float*>(stream.data), n);
         break;
       case DType::f64:
-        *blocks++ = norm_block<Sum>(reinterpret_cast<const double*>(stream.data) + first, n);
+        *blocks++ = norm_in_place(reinterpret_cast<const double*>(stream.data), n);
         break;
-      default: decode_tile(stream, first, decoded, n); *blocks++ = norm_block<Sum>(decoded, n);
+      default:
+        decode_tile(stream, first, decoded, n);
+        *blocks++ = norm_block<Sum>(decoded, n, decoded);
     }
+    first += n;
+    count -= n;
   }
 }
 

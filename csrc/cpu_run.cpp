@@ -39,7 +39,11 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
   constexpr int64_t kTile = 256;
   alignas(64) char scratch[kMaxStreams][kTile * sizeof(double)];
   Stream tile[kMaxStreams];
-  for (int s = 0; s < job.stream_count; ++s) tile[s] = {scratch[s], job.streams[s].dtype};
+  const void* in_cache[kMaxStreams];
+  for (int s = 0; s < job.stream_count; ++s) {
+    tile[s] = {scratch[s], job.streams[s].dtype};
+    in_cache[s] = scratch[s];
+  }
   for (const int64_t end = first + count; first < end; first += kTile) {
     const int64_t n = std::min(end - first, kTile);
     const auto copy_streams = [&](bool gather) {
@@ -58,19 +62,32 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
       });
     };
     copy_streams(/*gather=*/true);
-    job.update(job.scalars, job.grad_scale * factor, tile, 0, n);
+    job.update(job.scalars, job.grad_scale * factor, tile, 0, n, in_cache);
     copy_streams(/*gather=*/false);
   }
 }
 
-static void update_piece(const Piece& piece, double factor) {
+// Where a stream of a piece begins.
+static const char* begin_of(const Piece& piece, int stream) {
+  const Stream& from = piece.job->streams[stream];
+  return from.data + piece.first * kItemSize[static_cast<int>(from.dtype)];
+}
+
+static void update_piece(const Piece& piece, const Piece& next, double factor) {
   const Job& job = *piece.job;
   if (job.layout) {
     update_strided(job, factor, piece.first, piece.count);
   } else {
-    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count);
+    const void* next_streams[kMaxStreams];
+    for (int s = 0; s < job.stream_count; ++s) {
+      next_streams[s] = begin_of(s < next.job->stream_count ? next : piece, s);
+    }
+    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count,
+               next_streams);
   }
-  if (job.then) update_piece({job.then, piece.first, piece.count, 0}, 1);
+  if (!job.then) return;
+  const Piece then{job.then, piece.first, piece.count, 0};
+  update_piece(then, then, 1);
 }
 
 // A block of a gradient with a layout, gathered into a small array.
@@ -83,26 +100,29 @@ static void norm_strided(NormBlocks norm, const Job& job, int64_t first, int64_t
     copy_strided(grad.data + offsets[0] * size, (*job.grad_layout)[0].stride[0],
                  scratch + at * size, 1, run, size);
   });
-  norm({scratch, grad.dtype}, 0, count, block);
+  norm({scratch, grad.dtype}, 0, count, scratch, block);
 }
 
-static void norm_piece(NormBlocks norm, const Piece& piece, double* blocks) {
+static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, double* blocks) {
   const Job& job = *piece.job;
   blocks += piece.block;
-  if (!job.grad_layout) return norm(job.streams[kGrad], piece.first, piece.count, blocks);
+  if (!job.grad_layout) {
+    return norm(job.streams[kGrad], piece.first, piece.count, begin_of(next, kGrad), blocks);
+  }
   for (int64_t at = 0; at < piece.count; at += kNormBlock) {
     const int64_t count = std::min(piece.count - at, kNormBlock);
     norm_strided(norm, job, piece.first + at, count, blocks++);
   }
 }
 
-// Asks for the beginning of streams [from, to) of a piece; the kernels ask for the rest.
-static void prefetch(const Piece& piece, int from, int to) {
+// Asks for the beginning of streams [from, to) of a piece, where the one before is too short for
+// its kernel to do so.
+static void prefetch(const Piece& piece, const Piece& before, int from, int to) {
   if (piece.job->layout) return;  // its elements lie elsewhere
   for (int s = from; s < to; ++s) {
     const int64_t size = kItemSize[static_cast<int>(piece.job->streams[s].dtype)];
-    const char* begin = piece.job->streams[s].data + piece.first * size;
-    const char* end = begin + std::min(piece.count * size, kPrefetchBytes);
+    const char* begin = begin_of(piece, s);
+    const char* end = begin + std::min(piece.count, kPrefetchBytes / size - before.count) * size;
     for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
   }
 }
@@ -198,19 +218,20 @@ class Shares {
   int64_t blocks() const { return cut_.blocks; }
 
   void norms(int thread, int threads, NormBlocks norm, double* blocks) const {
-    for_each_piece(thread, threads, false, [&](const Piece& piece, const Piece* next) {
-      if (next) prefetch(*next, kGrad, kGrad + 1);
-      norm_piece(norm, piece, blocks);
+    for_each_piece(thread, threads, false, [&](const Piece& piece, const Piece& next) {
+      prefetch(next, piece, kGrad, kGrad + 1);
+      norm_piece(norm, piece, next, blocks);
     });
   }
   void updates(int thread, int threads, double factor) const {
-    for_each_piece(thread, threads, backwards_, [&](const Piece& piece, const Piece* next) {
-      if (next) prefetch(*next, 0, next->job->stream_count);
-      update_piece(piece, factor);
+    for_each_piece(thread, threads, backwards_, [&](const Piece& piece, const Piece& next) {
+      prefetch(next, piece, 0, next.job->stream_count);
+      update_piece(piece, next, factor);
     });
   }
 
  private:
+  // Calls f(piece, the one after it, or the last one again).
   template <class F>
   void for_each_piece(int thread, int threads, bool backwards, F f) const {
     for (int share = thread; share < threads_; share += threads) {
@@ -219,7 +240,7 @@ class Shares {
       for (ptrdiff_t i = 0; i < count; ++i) {
         const ptrdiff_t at = backwards ? count - 1 - i : i;
         const ptrdiff_t next = backwards ? at - 1 : at + 1;
-        f(begin[at], i + 1 < count ? &begin[next] : nullptr);
+        f(begin[at], begin[i + 1 < count ? next : at]);
       }
     }
   }

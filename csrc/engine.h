@@ -25,9 +25,10 @@ struct Stream {
 enum { kParam, kGrad, kFirstState };  // the order of a job's streams
 
 // Applies one rule to `count` consecutive elements from `first` on; `scalars` are the rule's, in
-// double, and the gradient is multiplied by grad_scale before the rule sees it.
+// double, and the gradient is multiplied by grad_scale before the rule sees it. `next` is where
+// each stream goes on afterwards, which is asked for ahead; any address will do.
 using Update = void (*)(const double* scalars, double grad_scale, const Stream* streams,
-                        int64_t first, int64_t count);
+                        int64_t first, int64_t count, const void* const* next);
 
 // How far ahead of its elements a kernel asks for memory, in each stream: with the hardware's
 // prefetching alone, a step out of cache took 13 % longer (benchmarks/NOTES.md).
@@ -49,8 +50,10 @@ constexpr int64_t kNormBlock = 4096;
 // halving their number: what a device does with as many threads.
 constexpr int64_t kNormJoin = 256;
 
-// Writes to `blocks` what the norm adds up over each block of elements [first, first + count).
-using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, double* blocks);
+// Writes to `blocks` what the norm adds up over each block of elements [first, first + count);
+// `next` is as for updates.
+using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, const void* next,
+                            double* blocks);
 
 struct Kernels {
   const char* isa;

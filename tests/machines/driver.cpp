@@ -53,7 +53,7 @@ void check_chopped(const Work& work, Trial& whole) {
   const Job& job = trial.job();
   for (int64_t first = 0; first < job.numel;) {
     const int64_t n = std::min<int64_t>(1 + mix(first) % 70, job.numel - first);
-    job.update(job.scalars, job.grad_scale, job.streams, first, n);
+    update_some(job, first, n);
     first += n;
   }
   trial.check(whole, 0, work.name() + ", in many calls");
@@ -145,9 +145,9 @@ uint64_t check_norms(const Kernels& kernels) {
         fill_finite(array);
         array.forbid_sentinels(true);
         std::vector<double> whole(4), parts(4);
-        kernels.norms[norm]({array.at(0), dtype}, 0, kNumel, whole.data());
-        kernels.norms[norm]({array.at(0), dtype}, 0, kBlock, parts.data());
-        kernels.norms[norm]({array.at(0), dtype}, kBlock, kNumel - kBlock, &parts[1]);
+        kernels.norms[norm]({array.at(0), dtype}, 0, kNumel, array.at(0), whole.data());
+        kernels.norms[norm]({array.at(0), dtype}, 0, kBlock, array.at(0), parts.data());
+        kernels.norms[norm]({array.at(0), dtype}, kBlock, kNumel - kBlock, array.at(0), &parts[1]);
         array.forbid_sentinels(false);
         if (misalignment == 0) expected = whole;
         if (whole != expected || parts != expected) {

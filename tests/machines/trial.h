@@ -275,8 +275,12 @@ class Trial {
   std::vector<int64_t> places_[kMaxStreams];  // of a layout's elements
 };
 
-inline void update_all(const Job& job) {
-  job.update(job.scalars, job.grad_scale, job.streams, 0, job.numel);
+// Elements [first, first + count); what comes next is of no consequence.
+inline void update_some(const Job& job, int64_t first, int64_t count) {
+  const void* next[kMaxStreams];
+  for (int s = 0; s < job.stream_count; ++s) next[s] = job.streams[s].data;
+  job.update(job.scalars, job.grad_scale, job.streams, first, count, next);
 }
+inline void update_all(const Job& job) { update_some(job, 0, job.numel); }
 
 }  // namespace machines
