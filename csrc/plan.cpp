@@ -348,12 +348,7 @@ void StepPlan::advance_plain_counts() const {
 }
 
 void StepPlan::bump_versions() const {
-  if (entries_.empty()) return;
-  py::list params(entries_.size());
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    PyList_SET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(entries_[i].param));
-  }
-  py::module_::import("torch.autograd.graph").attr("increment_version")(params);
+  for (const Entry& entry : entries_) reader_.bump_version(entry.param);
 }
 
 // ---- jobs ---------------------------------------------------------------------------------------

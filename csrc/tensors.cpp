@@ -1,59 +1,21 @@
 #include "tensors.h"
 
-#include <cstring>
+#include <pybind11/stl.h>
+
+#include <algorithm>
 
 namespace fusedopt {
 
-// ---- the DLPack structs that are needed (dlpack.h, version 1) -----------------------------------
-
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t type_code, type_bits;
-  uint16_t type_lanes;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-static_assert(sizeof(DLTensor) == 48 && offsetof(DLTensor, shape) == 24, "DLPack 1.x layout");
-
-struct DLPackExchangeAPI {
-  uint32_t major, minor;
-  DLPackExchangeAPI* previous;
-  void *allocate, *managed_from_py_object, *managed_to_py_object;
-  int (*from_py_object)(void* object, DLTensor* out);  // borrows; valid while the object lives
-  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
-};
-static_assert(sizeof(DLPackExchangeAPI) == 56, "DLPack 1.x layout");
-
-enum { kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3 };
-enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
-
 TensorReader::TensorReader(bool fast, bool (*runs_on)(int device), bool emulated)
-    : runs_on_(runs_on), emulated_(emulated) {
+    : abi_(fast ? TorchAbi::find() : std::nullopt), runs_on_(runs_on), emulated_(emulated) {
   const auto torch = py::module_::import("torch");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
   grad_ = tensor_.attr("grad");
-  if (!fast || !py::hasattr(tensor_, "__dlpack_c_exchange_api__")) return;
-  const py::object capsule = tensor_.attr("__dlpack_c_exchange_api__");
-  auto* api =
-      static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
-  while (api && api->major != 1) api = api->previous;
-  if (!api) return;
-  from_py_object_ = api->from_py_object;
-  current_work_stream_ = api->current_work_stream;
 }
 
 void* TensorReader::current_stream(int device) const {
-  void* stream = nullptr;
-  if (emulated_) return stream;
-  if (current_work_stream_) {
-    if (current_work_stream_(kDLCUDA, device, &stream)) throw py::error_already_set();
-    return stream;
-  }
+  if (emulated_) return nullptr;
   const py::object current =
       py::module_::import("torch").attr("cuda").attr("current_stream")(device);
   return reinterpret_cast<void*>(py::cast<uintptr_t>(current.attr("cuda_stream")));
@@ -113,60 +75,50 @@ PyObject* TensorReader::local_part(PyObject* object, Held* held) const {
   return local_part(local.ptr(), held);
 }
 
-bool TensorReader::read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const {
-  if (!from_py_object_) return read_attributes(object, tensor, held);
-  if (from_py_object_(object, tensor) == 0) return true;
-  PyErr_Clear();
-  return false;
+bool TensorReader::read_raw(PyObject* object, RawTensor* tensor, Held* held) const {
+  return abi_ ? abi_->read(object, tensor) : read_attributes(object, tensor, held);
 }
 
 // The same through Python, several times slower.
-bool TensorReader::read_attributes(PyObject* object, DLTensor* tensor, Held* held) const try {
+bool TensorReader::read_attributes(PyObject* object, RawTensor* tensor, Held* held) const try {
+  static const std::map<std::string, RawTensor::Type> types = {
+      {"torch.float32", RawTensor::f32},   {"torch.float64", RawTensor::f64},
+      {"torch.bfloat16", RawTensor::bf16}, {"torch.float16", RawTensor::f16},
+      {"torch.int64", RawTensor::i64},
+  };
   const auto self = py::reinterpret_borrow<py::object>(object);
-  const auto dtype = py::cast<std::string>(py::str(self.attr("dtype")));
-  *tensor = {};
-  tensor->type_lanes = 1;
-  tensor->type_code = dtype == "torch.bfloat16" ? kDLBfloat
-                      : dtype == "torch.int64"  ? kDLInt
-                                                : kDLFloat;
-  tensor->type_bits = static_cast<uint8_t>(py::cast<int>(self.attr("element_size")()) * 8);
-  const bool known = dtype == "torch.float32" || dtype == "torch.float64" ||
-                     dtype == "torch.float16" || dtype == "torch.bfloat16" ||
-                     dtype == "torch.int64";
+  const auto text = [](const py::object& value) { return py::cast<std::string>(py::str(value)); };
+  const auto type = types.find(text(self.attr("dtype")));
   const auto device = self.attr("device");
-  const auto device_type = py::cast<std::string>(device.attr("type"));
-  if (!known || py::cast<std::string>(self.attr("layout").attr("__str__")()) != "torch.strided" ||
+  const auto device_type = text(device.attr("type"));
+  if (type == types.end() || text(self.attr("layout")) != "torch.strided" ||
       (device_type != "cpu" && device_type != "cuda")) {
     return false;
   }
-  tensor->device_type = device_type == "cpu" ? kDLCPU : kDLCUDA;
-  tensor->device_id = device_type == "cpu" ? 0 : py::cast<int32_t>(device.attr("index"));
+  tensor->type = type->second;
+  tensor->on_cuda = device_type == "cuda";
+  if (tensor->on_cuda) tensor->device = py::cast<int>(device.attr("index"));
   tensor->data = reinterpret_cast<void*>(py::cast<uintptr_t>(self.attr("data_ptr")()));
-  const auto shape = py::cast<py::tuple>(self.attr("shape"));
-  const auto strides = py::cast<py::tuple>(self.attr("stride")());
-  tensor->ndim = static_cast<int32_t>(shape.size());
-  py::bytes buffer(std::string(2 * sizeof(int64_t) * shape.size() + 1, 0));
+  const auto shape = py::cast<std::vector<int64_t>>(self.attr("shape"));
+  const auto strides = py::cast<std::vector<int64_t>>(self.attr("stride")());
+  tensor->ndim = static_cast<int>(shape.size());
+  const size_t bytes = sizeof(int64_t) * shape.size();
+  const py::bytes buffer(std::string(2 * bytes + 1, 0));
   held->push_back(buffer);
-  tensor->shape = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(buffer.ptr()));
-  tensor->strides = tensor->shape + shape.size();
-  for (size_t d = 0; d < shape.size(); ++d) {
-    tensor->shape[d] = py::cast<int64_t>(shape[d]);
-    tensor->strides[d] = py::cast<int64_t>(strides[d]);
-  }
+  auto* sizes = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(buffer.ptr()));
+  std::copy(shape.begin(), shape.end(), sizes);
+  std::copy(strides.begin(), strides.end(), sizes + shape.size());
+  tensor->shape = sizes;
+  tensor->strides = sizes + shape.size();
   return true;
 } catch (const py::error_already_set&) {
   return false;
 }
 
-static char* data_of(const DLTensor& tensor) {
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
-}
-
 // False if nothing here can be done there.
-bool TensorReader::find_device(const DLTensor& tensor, int* device) const {
-  const bool on_cpu = tensor.device_type == kDLCPU || tensor.device_type == kDLCUDAHost;
-  *device = on_cpu ? (emulated_ ? 0 : kHost) : tensor.device_id;
-  return on_cpu || (tensor.device_type == kDLCUDA && has_kernels(tensor.device_id));
+bool TensorReader::find_device(const RawTensor& tensor, int* device) const {
+  *device = tensor.on_cuda ? tensor.device : emulated_ ? 0 : kHost;
+  return !tensor.on_cuda || has_kernels(tensor.device);
 }
 
 bool TensorReader::has_kernels(int device) const {
@@ -177,24 +129,24 @@ bool TensorReader::has_kernels(int device) const {
 }
 
 // A fake tensor and a wrapper have none.
-static bool has_memory(const DLTensor& tensor, int64_t numel) {
+static bool has_memory(const RawTensor& tensor, int64_t numel) {
   return numel == 0 || tensor.data != nullptr;
 }
 
 bool TensorReader::read(PyObject* object, View* view, Held* held) const {
-  DLTensor tensor;
+  RawTensor tensor;
   PyObject* const local = local_part(object, held);
-  if (!local || !read_dltensor(local, &tensor, held)) return false;
-  if (!find_device(tensor, &view->device) || tensor.type_lanes != 1) return false;
-  const int bits = tensor.type_bits;
-  if (tensor.type_code == kDLFloat && (bits == 16 || bits == 32 || bits == 64)) {
-    view->dtype = bits == 32 ? DType::f32 : bits == 64 ? DType::f64 : DType::f16;
-  } else if (tensor.type_code == kDLBfloat && bits == 16) {
-    view->dtype = DType::bf16;
-  } else {
+  if (!local || !read_raw(local, &tensor, held) || !find_device(tensor, &view->device)) {
     return false;
   }
-  view->data = data_of(tensor);
+  switch (tensor.type) {
+    case RawTensor::f32: view->dtype = DType::f32; break;
+    case RawTensor::f64: view->dtype = DType::f64; break;
+    case RawTensor::bf16: view->dtype = DType::bf16; break;
+    case RawTensor::f16: view->dtype = DType::f16; break;
+    case RawTensor::i64: return false;
+  }
+  view->data = static_cast<char*>(tensor.data);
   view->ndim = tensor.ndim;
   view->shape = tensor.shape;
   view->strides = tensor.strides;
@@ -209,26 +161,27 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
 }
 
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
-  DLTensor tensor;
+  RawTensor tensor;
   PyObject* const local = local_part(object, held);
-  if (!local || !read_dltensor(local, &tensor, held)) return false;
+  if (!local || !read_raw(local, &tensor, held)) return false;
   if (!find_device(tensor, &count->device)) return false;
   if (emulated_) count->device = kHost;
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] != 1) return false;
   }
   if (!has_memory(tensor, 1)) return false;
-  count->data = data_of(tensor);
-  if (tensor.type_code == kDLFloat && tensor.type_bits == 32) {
-    count->type = Count::f32;
-  } else if (tensor.type_code == kDLFloat && tensor.type_bits == 64) {
-    count->type = Count::f64;
-  } else if (tensor.type_code == kDLInt && tensor.type_bits == 64) {
-    count->type = Count::i64;
-  } else {
-    return false;
+  count->data = tensor.data;
+  switch (tensor.type) {
+    case RawTensor::f32: count->type = Count::f32; return true;
+    case RawTensor::f64: count->type = Count::f64; return true;
+    case RawTensor::i64: count->type = Count::i64; return true;
+    default: return false;
   }
-  return true;
+}
+
+void TensorReader::bump_version(PyObject* tensor) const {
+  if (abi_) return abi_->bump_version(tensor);
+  py::module_::import("torch.autograd.graph").attr("increment_version")(py::handle(tensor));
 }
 
 double TensorReader::Count::get() const {

@@ -1,5 +1,5 @@
-// Torch tensors as the engine sees them, without linking torch: through the DLPack C exchange API
-// that torch.Tensor publishes, or through Python attributes where it is absent.
+// Torch tensors as the engine sees them, without linking torch: through torch's stable C ABI, or
+// through Python attributes where it is absent.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,12 +9,9 @@
 #include <vector>
 
 #include "engine.h"
+#include "torch_abi.h"
 
 namespace fusedopt {
-
-namespace py = pybind11;
-
-struct DLTensor;
 
 // References to the Python objects whose memory is in use.
 using Held = std::vector<py::object>;
@@ -37,10 +34,10 @@ struct View {
 
 class TensorReader {
  public:
-  // fast: use the exchange API if torch has it. emulated: take tensors on the CPU to be on cuda:0.
+  // fast: use the C ABI if torch has it. emulated: take tensors on the CPU to be on cuda:0.
   // runs_on: whether a CUDA device has kernels; null: none has.
   TensorReader(bool fast, bool (*runs_on)(int device), bool emulated);
-  bool fast() const { return from_py_object_ != nullptr; }
+  bool fast() const { return abi_.has_value(); }
   bool emulated() const { return emulated_; }
   bool has_kernels(int device) const;
 
@@ -49,6 +46,9 @@ class TensorReader {
 
   // The stream that torch uses now.
   void* current_stream(int device) const;
+
+  // Tells autograd that a tensor has changed.
+  void bump_version(PyObject* tensor) const;
 
   // False, with no Python error set, for anything but a strided tensor of a supported dtype on the
   // CPU or on a CUDA device that has kernels.
@@ -70,14 +70,13 @@ class TensorReader {
   bool is_plain(PyObject* object) const;
   // What this process has of a DTensor, or any other tensor itself; null for what is no tensor.
   PyObject* local_part(PyObject* object, Held* held) const;
-  bool read_dltensor(PyObject* object, DLTensor* tensor, Held* held) const;
-  bool read_attributes(PyObject* object, DLTensor* tensor, Held* held) const;
-  bool find_device(const DLTensor& tensor, int* device) const;
+  bool read_raw(PyObject* object, RawTensor* tensor, Held* held) const;
+  bool read_attributes(PyObject* object, RawTensor* tensor, Held* held) const;
+  bool find_device(const RawTensor& tensor, int* device) const;
 
   py::object tensor_, parameter_;  // the two plain types: no wrapper, no override
   py::object grad_;                // the descriptor of torch.Tensor.grad
-  int (*from_py_object_)(void*, DLTensor*) = nullptr;
-  int (*current_work_stream_)(int32_t, int32_t, void**) = nullptr;
+  std::optional<TorchAbi> abi_;
   bool (*runs_on_)(int device);
   bool emulated_;
   mutable std::map<int, bool> has_kernels_;  // as far as it was asked

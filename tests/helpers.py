@@ -163,7 +163,7 @@ def assert_same_state(
 
 @contextmanager
 def slow_gather() -> Iterator[None]:
-    """Read tensors through Python attributes, as where torch lacks the DLPack exchange API."""
+    """Read tensors through Python attributes, as where the engine finds no C ABI of torch."""
     engine = _engine.engine
     device = "emulated" if engine.emulated else "cuda"
     _engine.engine = _core.Engine(isa=engine.isa, fast_gather=False, device=device)

@@ -990,6 +990,25 @@ def test_the_slow_gather_gives_the_same_bits(config: Config) -> None:
 def test_the_fast_gather_is_used() -> None:
     assert _core.Engine().fast_gather
     assert not _core.Engine(fast_gather=False).fast_gather
+    with torch.inference_mode(), torch.device("meta"):
+        assert _core.Engine().fast_gather
+
+
+@pytest.mark.parametrize(
+    ("name", "lie"),
+    [
+        ("_cdata", property(lambda tensor: 1)),
+        ("data_ptr", lambda tensor: 1),
+        ("shape", (2, 2)),
+        ("stride", lambda tensor: (1,) * tensor.dim()),
+        ("_version", 1),
+    ],
+)
+def test_a_torch_that_the_fast_gather_misreads_is_read_slowly(
+    name: str, lie: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, name, lie, raising=False)
+    assert not _core.Engine().fast_gather
 
 
 # ---- DTensor -------------------------------------------------------------------------------------

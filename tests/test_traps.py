@@ -320,10 +320,10 @@ def test_states_of_a_dtype_of_their_own_survive_a_reload(config: Config) -> None
 
 
 def test_no_torch_at_build_time_and_no_libtorch_link() -> None:
-    """The libraries that a module needs stand in it by name."""
+    """The libraries that a module needs stand in it by name, each after a zero byte."""
     module = pathlib.Path(_core.__file__).read_bytes()
-    assert b"libtorch" not in module
-    assert b"libc10" not in module
+    assert b"\0libtorch" not in module
+    assert b"\0libc10" not in module
     root = pathlib.Path(__file__).parent.parent
     build_system = root.joinpath("pyproject.toml").read_text().split("[project]")[0]
     assert "requires" in build_system

@@ -26,7 +26,7 @@ def report() -> str:
         "isa": _isa(),
         "threads": _threads(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), _cores()),
         "openmp": _openmp(),
-        "gather": "fast, by DLPack's exchange API" if engine.fast_gather else "slow, by attributes",
+        "gather": "fast, by torch's C ABI" if engine.fast_gather else "slow, by attributes",
         "cuda": _cuda(_core.cuda_archs, _core.cuda_driver_version(), _core.cuda_devices()),
     }
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())

@@ -168,6 +168,7 @@ class Clips(Optimizer):
         max_norm = clip.valid_max_norm(max_norm)
         itself._clip_by(max_norm, norm, itself._still_pending(unchanged=True))
 
+    @_engine.not_compiled  # dynamo of torch 2.10 fails where an optimizer sets an attribute
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as torch does, and forget what `clip_grad_norm_` found of them."""
         self._itself()._pending = Pending()
