@@ -42,8 +42,16 @@ constexpr int kVectorBytes = 16;
 template <class Stored>
 FUSEDOPT_FN void prefetch(const Stored* from, int64_t at, int64_t n, const void* next) {
   const int64_t ahead = at + kPrefetchBytes / int64_t{sizeof(Stored)};
-  const auto* there = static_cast<const Stored*>(next);
-  __builtin_prefetch(ahead < n ? from + ahead : there + (ahead - n));
+  const void* const begin = ahead < n ? from : next;
+  // Often it is past the end of what comes next, too; a number, unlike a pointer, may be.
+  const auto line = reinterpret_cast<uintptr_t>(begin) +
+                    static_cast<uintptr_t>(ahead < n ? ahead : ahead - n) * sizeof(Stored);
+  __builtin_prefetch(reinterpret_cast<const void*>(line));
+}
+
+// The same for a tile of `bytes` at `from`, in an array of which `left` are left from there on.
+FUSEDOPT_FN void prefetch_tile(const char* from, int64_t bytes, int64_t left, const void* next) {
+  for (int64_t at = 0; at < bytes; at += 64) prefetch(from, at, left, next);
 }
 
 template <class V, class T, class Stored, class Rule>
@@ -78,9 +86,12 @@ constexpr int64_t kTile = 256;
 template <class T>
 constexpr DType kComputeType = std::is_same_v<T, double> ? DType::f64 : DType::f32;
 
+// Elements [first, first + n) of a stream that goes on to element `end`, and then at `next`.
 template <class T>
-void decode_tile(Stream from, int64_t first, T* to, int64_t n) {
-  const char* data = from.data + first * kItemSize[static_cast<int>(from.dtype)];
+void decode_tile(Stream from, int64_t first, T* to, int64_t n, int64_t end, const void* next) {
+  const int64_t size = kItemSize[static_cast<int>(from.dtype)];
+  const char* data = from.data + first * size;
+  prefetch_tile(data, n * size, (end - first) * size, next);
   switch (from.dtype) {
     case DType::f32: return decode_all<float>(data, to, n);
     case DType::f64: return decode_all<double>(data, to, n);
@@ -128,7 +139,7 @@ void update_in_place(const Rule& rule, T grad_scale, const Stream* streams, int6
 // Any mixture of dtypes: each stream goes through a tile of scratch in compute precision.
 template <class T, class Rule>
 void update_in_tiles(const Rule& rule, T grad_scale, const Stream* streams, int64_t first,
-                     int64_t count) {
+                     int64_t count, const void* const* next) {
   constexpr int kStreams = kFirstState + Rule::kStates;
   T scratch[kStreams][kTile];
   T* arrays[kStreams];
@@ -136,7 +147,9 @@ void update_in_tiles(const Rule& rule, T grad_scale, const Stream* streams, int6
   for (int s = 0; s < kStreams; ++s) in_cache[s] = arrays[s] = scratch[s];
   for (const int64_t end = first + count; first < end; first += kTile) {
     const int64_t n = end - first < kTile ? end - first : kTile;
-    for (int s = 0; s < kStreams; ++s) decode_tile(streams[s], first, scratch[s], n);
+    for (int s = 0; s < kStreams; ++s) {
+      decode_tile(streams[s], first, scratch[s], n, end, next[s]);
+    }
     apply<Vec<T>>(rule, grad_scale, arrays, n, in_cache);
     for (int s = 0; s < kStreams; ++s) {
       if (s != kGrad) encode_tile(scratch[s], streams[s], first, n);
@@ -170,7 +183,7 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
     }
 #endif
   }
-  update_in_tiles(rule, scale, streams, first, count);
+  update_in_tiles(rule, scale, streams, first, count, next);
 }
 
 // ---- norms --------------------------------------------------------------------------------------
@@ -234,7 +247,7 @@ void norm_blocks(const Stream& stream, int64_t first, int64_t count, const void*
         *blocks++ = norm_in_place(reinterpret_cast<const double*>(stream.data), n);
         break;
       default:
-        decode_tile(stream, first, decoded, n);
+        decode_tile(stream, first, decoded, n, first + count, next);
         *blocks++ = norm_block<Sum>(decoded, n, decoded);
     }
     first += n;

@@ -67,10 +67,13 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
   }
 }
 
+static int64_t item_size(const Piece& piece, int stream) {
+  return kItemSize[static_cast<int>(piece.job->streams[stream].dtype)];
+}
+
 // Where a stream of a piece begins.
 static const char* begin_of(const Piece& piece, int stream) {
-  const Stream& from = piece.job->streams[stream];
-  return from.data + piece.first * kItemSize[static_cast<int>(from.dtype)];
+  return piece.job->streams[stream].data + piece.first * item_size(piece, stream);
 }
 
 static void update_piece(const Piece& piece, const Piece& next, double factor) {
@@ -80,7 +83,8 @@ static void update_piece(const Piece& piece, const Piece& next, double factor) {
   } else {
     const void* next_streams[kMaxStreams];
     for (int s = 0; s < job.stream_count; ++s) {
-      next_streams[s] = begin_of(s < next.job->stream_count ? next : piece, s);
+      const bool goes_on = !next.job->layout && s < next.job->stream_count;
+      next_streams[s] = begin_of(goes_on ? next : piece, s);
     }
     job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count,
                next_streams);
@@ -107,7 +111,8 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   const Job& job = *piece.job;
   blocks += piece.block;
   if (!job.grad_layout) {
-    return norm(job.streams[kGrad], piece.first, piece.count, begin_of(next, kGrad), blocks);
+    const Piece& ahead = next.job->grad_layout ? piece : next;
+    return norm(job.streams[kGrad], piece.first, piece.count, begin_of(ahead, kGrad), blocks);
   }
   for (int64_t at = 0; at < piece.count; at += kNormBlock) {
     const int64_t count = std::min(piece.count - at, kNormBlock);
@@ -115,15 +120,16 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
-// Asks for the beginning of streams [from, to) of a piece, where the one before is too short for
-// its kernel to do so.
+// Asks for the beginning of streams [from, to) of a piece, as far as the kernel does not that runs
+// on the piece before: it is too short, or knows nothing of what comes next.
 static void prefetch(const Piece& piece, const Piece& before, int from, int to) {
   if (piece.job->layout) return;  // its elements lie elsewhere
   for (int s = from; s < to; ++s) {
-    const int64_t size = kItemSize[static_cast<int>(piece.job->streams[s].dtype)];
-    const char* begin = begin_of(piece, s);
-    const char* end = begin + std::min(piece.count, kPrefetchBytes / size - before.count) * size;
-    for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line);
+    const bool goes_on = !before.job->layout && s < before.job->stream_count;
+    const int64_t asked = goes_on ? before.count * item_size(before, s) : 0;
+    const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
+    const char* const begin = begin_of(piece, s);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
   }
 }
 

@@ -10,18 +10,22 @@
 
 namespace fusedopt {
 
+// In the order of RawTensor::Type.
+static const char* const kDtypes[] = {"float32", "float64", "bfloat16", "float16", "int64"};
+
 #if defined(__unix__) || defined(__APPLE__)
 
 // The library that `import torch` has loaded, or null.
 static void* loaded_libtorch() {
 #if defined(__APPLE__)
-  const char* const name = "/lib/libtorch_cpu.dylib";
+  const std::string name = "libtorch_cpu.dylib";
 #else
-  const char* const name = "/lib/libtorch_cpu.so";
+  const std::string name = "libtorch_cpu.so";
 #endif
   const auto directories = py::list(py::module_::import("torch").attr("__path__"));
-  const auto path = py::cast<std::string>(directories[0]) + name;
-  return dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  const auto path = py::cast<std::string>(directories[0]) + "/lib/" + name;
+  void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  return library ? library : dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
 }
 
 bool TorchAbi::find_functions() {
@@ -54,9 +58,8 @@ bool TorchAbi::find_functions() {
   find_number("layout_strided", &strided_);
   find_number("device_type_cpu", &cpu_);
   find_number("device_type_cuda", &cuda_);
-  const char* const dtypes[] = {"float32", "float64", "bfloat16", "float16", "int64"};
   for (int i = 0; i <= RawTensor::i64; ++i) {
-    find_number(std::string("dtype_") + dtypes[i], &dtypes_[i]);
+    find_number(std::string("dtype_") + kDtypes[i], &dtypes_[i]);
   }
   return all;
 }
@@ -86,9 +89,10 @@ bool TorchAbi::find_offset(const py::list& tensors) {
   return found == 1;
 }
 
-bool TorchAbi::agrees_on(const py::handle tensor) const {
+// Whether what is read of a tensor, and done to it, is what Python says.
+bool TorchAbi::agrees_on(const py::handle tensor, RawTensor::Type type) const {
   RawTensor raw;
-  if (!read(tensor.ptr(), &raw) || raw.on_cuda) return false;
+  if (!read(tensor.ptr(), &raw) || raw.on_cuda || raw.type != type) return false;
   const auto shape = py::cast<py::tuple>(tensor.attr("shape"));
   const auto strides = py::cast<py::tuple>(tensor.attr("stride")());
   bool same = raw.data == reinterpret_cast<void*>(py::cast<uintptr_t>(tensor.attr("data_ptr")())) &&
@@ -97,37 +101,47 @@ bool TorchAbi::agrees_on(const py::handle tensor) const {
     same = raw.shape[d] == py::cast<int64_t>(shape[d]) &&
            raw.strides[d] == py::cast<int64_t>(strides[d]);
   }
-  if (!same || py::cast<bool>(tensor.attr("is_inference")())) return same;
+  if (!same) return false;
   const auto version = [&] { return py::cast<int64_t>(tensor.attr("_version")); };
   const int64_t before = version();
   bump_version(tensor.ptr());
   return version() == before + 1;
 }
 
-std::optional<TorchAbi> TorchAbi::find() {
+std::optional<TorchAbi> TorchAbi::find() try {
   TorchAbi abi;
   if (!abi.find_functions()) return {};
   const auto torch = py::module_::import("torch");
   const py::object cpu = torch.attr("device")("cpu");  // whatever the default is
-  const auto tensor = [&](py::tuple shape, const char* dtype) {
-    return torch.attr("empty")(shape, py::arg("dtype") = torch.attr(dtype),
-                               py::arg("device") = cpu);
-  };
+  // Inference tensors would have no versions.
+  const py::object empty = torch.attr("inference_mode")(false)(torch.attr("empty"));
   py::list tensors;
-  tensors.append(tensor(py::make_tuple(), "int64"));
-  tensors.append(tensor(py::make_tuple(3), "float64"));
-  tensors.append(tensor(py::make_tuple(2, 3), "float32").attr("t")());
-  tensors.append(tensor(py::make_tuple(2, 3, 4, 5, 1, 7), "bfloat16")[py::int_(1)]);
-  tensors.append(torch.attr("nn").attr("Parameter")(tensor(py::make_tuple(4, 0), "float16")));
+  for (int i = 0; i <= RawTensor::i64; ++i) {
+    const py::tuple shape = py::make_tuple(3, 4, 1, 2 + i);
+    const py::object dtype = torch.attr(kDtypes[i]);
+    const py::object tensor = empty(shape, py::arg("dtype") = dtype, py::arg("device") = cpu);
+    tensors.append(i == 0   ? tensor.attr("transpose")(0, 3)
+                   : i == 1 ? torch.attr("nn").attr("Parameter")(tensor)
+                            : tensor);
+  }
   if (!abi.find_offset(tensors)) return {};
-  for (const py::handle each : tensors) {
-    if (!abi.agrees_on(each)) return {};
+  for (int i = 0; i <= RawTensor::i64; ++i) {
+    if (!abi.agrees_on(tensors[i], static_cast<RawTensor::Type>(i))) return {};
   }
   return abi;
+} catch (const py::error_already_set&) {
+  return {};  // a torch that lacks what was asked of it in Python
+} catch (const py::cast_error&) {
+  return {};
 }
 
 bool TorchAbi::read(PyObject* object, RawTensor* tensor) const {
-  const Handle handle = this->handle(object);
+  if (read_handle(handle(object), tensor)) return true;
+  PyErr_Clear();  // what tensors with a Python class of their own may have run into
+  return false;
+}
+
+bool TorchAbi::read_handle(Handle handle, RawTensor* tensor) const {
   // Torch says of some layouts and devices, in an exception, that they have no strides or pointer.
   int32_t layout, device_type, dtype, device;
   if (get_layout_(handle, &layout) || layout != strided_) return false;

@@ -13,7 +13,7 @@ namespace fusedopt {
 namespace py = pybind11;
 
 // What the engine asks of a strided tensor on the CPU or on a CUDA device. `shape` and `strides`
-// live as long as the tensor.
+// live as long as the tensor keeps them.
 struct RawTensor {
   enum Type : uint8_t { f32, f64, bf16, f16, i64 } type;
   bool on_cuda;
@@ -29,7 +29,8 @@ class TorchAbi {
   // says of them.
   static std::optional<TorchAbi> find();
 
-  // False for anything but what a RawTensor can describe. `object` is a torch.Tensor.
+  // False, with no Python error set, for anything but what a RawTensor can describe. `object` is a
+  // torch.Tensor.
   bool read(PyObject* object, RawTensor* tensor) const;
 
   // Tells autograd that a tensor has changed, as torch.autograd.graph.increment_version does.
@@ -42,7 +43,8 @@ class TorchAbi {
   Handle handle(PyObject* object) const { return reinterpret_cast<char*>(object) + offset_; }
   bool find_functions();
   bool find_offset(const py::list& tensors);
-  bool agrees_on(const py::handle tensor) const;
+  bool agrees_on(py::handle tensor, RawTensor::Type type) const;
+  bool read_handle(Handle handle, RawTensor* tensor) const;
 
   ptrdiff_t offset_ = 0;
   // Each returns 0, or an error code.

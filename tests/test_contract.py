@@ -28,7 +28,7 @@ from torch.optim.optimizer import (
 )
 
 import fusedopt
-from fusedopt import _core
+from fusedopt import _core, _engine
 from tests.helpers import (
     assert_same_bits,
     assert_same_state,
@@ -966,6 +966,14 @@ def test_inference_tensors_are_stepped_in_inference_mode() -> None:
         assert p.tolist() == [0.5] * 3
 
 
+def test_inference_tensors_are_stepped_outside_of_it_too(gather: str) -> None:
+    with torch.inference_mode():
+        p = torch.ones(3)
+        p.grad = torch.ones(3)
+    fusedopt.SGD([p], lr=0.5).step()
+    assert p.tolist() == [0.5] * 3
+
+
 @each_optimizer
 def test_version_counters_are_bumped(config: Config, gather: str) -> None:
     (p,) = parameters([(4,)])
@@ -998,6 +1006,8 @@ def test_the_fast_gather_is_used() -> None:
     ("name", "lie"),
     [
         ("_cdata", property(lambda tensor: 1)),
+        ("_cdata", property(lambda tensor: tensor.absent)),
+        ("dtype", torch.int64),
         ("data_ptr", lambda tensor: 1),
         ("shape", (2, 2)),
         ("stride", lambda tensor: (1,) * tensor.dim()),
@@ -1007,8 +1017,43 @@ def test_the_fast_gather_is_used() -> None:
 def test_a_torch_that_the_fast_gather_misreads_is_read_slowly(
     name: str, lie: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.Tensor, name, lie, raising=False)
+    if name == "dtype":  # by which the tensors are made that the two ways are compared on
+        monkeypatch.setattr(torch, "bfloat16", lie)
+    else:
+        monkeypatch.setattr(torch.Tensor, name, lie, raising=False)
     assert not _core.Engine().fast_gather
+    with torch.inference_mode():
+        assert not _core.Engine().fast_gather
+
+
+class Evasive(torch.Tensor):
+    """A wrapper whose class is asked what it is, and fails to say."""
+
+    @staticmethod
+    def __new__(cls, size: tuple[int, ...], policy: dict[str, Any]) -> Evasive:
+        made: Evasive = torch.Tensor._make_wrapper_subclass(cls, size, **policy)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"dispatch_sizes_strides_policy": "strides"},
+        {"dispatch_sizes_strides_policy": "sizes"},
+        {"dispatch_device": True},
+        {"dispatch_layout": True},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_cannot_be_read_leaves_no_error(policy: dict[str, Any], gather: str) -> None:
+    evasive = Evasive((3,), policy)
+    assert _engine.engine.norm([evasive, torch.ones(4)], 2.0, 1)[::2] == (4.0, [evasive])
 
 
 # ---- DTensor -------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Writes the figures of docs/performance.json into docs/performance.md, and draws its pictures.
 
+docs/performance_again.json is a second run, of the same rows or of some of them.
+
     python tools/performance_page.py [--check]
 
 A block of the page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is what the function of
@@ -25,6 +27,8 @@ PEERS += ["DeepSpeed"]
 
 # Where the memory's limit varies by more than this within a run, others use the memory, too.
 BUSY = 1.3
+# As near as a second run's ratio should be to the first's.
+SAME = 0.1
 
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
@@ -178,9 +182,35 @@ def scaling(report: Report) -> str:
     return table(["parameters", "AdamW", "each", "of limit", "torch fused"], lines)
 
 
+def again(report: Report) -> str:
+    """How far the ratios of a second run are from those of the first."""
+    second = {row.row: row for row in read(DOCS / "performance_again.json").rows}
+    lines, near, everything = [], 0, 0
+    for row in report.rows:
+        pairs = [
+            (abs(timing.ratio / other.ratio - 1), timing.name, other.ratio, timing.ratio)
+            for timing in row.timings
+            if timing.name != OURS
+            and row.row in second
+            and (other := second[row.row].find(timing.name))
+            and timing.ratio
+            and other.ratio
+        ]
+        if not pairs:
+            continue
+        near += sum(apart <= SAME for apart, *_ in pairs)
+        everything += len(pairs)
+        apart, peer, ratio, before = max(pairs)
+        numbers = f"{before:.2f}x", f"{ratio:.2f}x", f"{apart:.0%}"
+        lines.append([row.row, str(len(pairs)), peer, *numbers])
+    header = ["", "ratios", "farthest apart", "first run", "second run", "difference"]
+    summary = f"{near} of {everything} ratios are within {SAME:.0%} of those of the first run."
+    return summary + "\n\n" + table(header, lines)
+
+
 BLOCKS: list[Callable[[Report], str]] = [
     *(machine, peers, float32, clip, scaler, bfloat16, one_thread),
-    *(first_step, overhead, training, scaling),
+    *(first_step, overhead, training, scaling, again),
 ]
 
 
