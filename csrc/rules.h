@@ -25,7 +25,7 @@
   X("lion", Lion, 0)                \
   X("lookahead", Lookahead, 0)      \
   X("scale", Scale, 0)              \
-  X("traffic", Traffic, 0)
+  X("traffic", Traffic, 1)
 
 // A table with an entry for every rule and every combination of its flags, in this order:
 // Make<Rule in float, Rule in double>::entry(name, flags).

@@ -1,9 +1,9 @@
-// No optimizer: the memory traffic of Adam with next to no arithmetic, which benchmarks take for
-// the limit of a step.
+// No optimizer: the memory traffic of one with one state or two, and next to no arithmetic, which
+// benchmarks take for the limit of a step.
 
-template <class T>
+template <class T, bool one_state>
 struct Traffic {
-  static constexpr int kStates = 2;
+  static constexpr int kStates = one_state ? 1 : 2;
   T weight;
 
   FUSEDOPT_FN void fold(double, double) {}
@@ -12,7 +12,6 @@ struct Traffic {
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     g = g * weight;
     p = p + g;
-    state[0] = state[0] + g;
-    state[1] = state[1] + g;
+    for (int s = 0; s < kStates; ++s) state[s] = state[s] + g;
   }
 };

@@ -147,21 +147,25 @@ def spread(samples: list[float]) -> float:
 
 
 def bandwidth_probe(row: Row) -> tuple[Step, int]:
-    """Return traffic like Adam's with next to no arithmetic, and how many bytes it moves.
+    """Return the row's traffic with next to no arithmetic, and how many bytes it moves.
 
-    It is as large as the row's, up to a size, because a small one stays in caches. On a CPU, three
-    arrays are read and written and a fourth is read; on a GPU, one is copied.
+    It is as large as the row's, up to a size, because a small one stays in caches. On a CPU,
+    parameter and states are read and written and the gradient is read, as with an optimizer of one
+    state or of two: the memory moves more bytes a second where there are two. On a GPU, one array
+    is copied.
     """
     if row.device == "cuda":
         source, target = torch.zeros(2, row.bytes // 2, dtype=torch.uint8, device=row.device)
         return lambda: target.copy_(source), row.bytes // 2 * 2
-    n = max(1, min(row.bytes // 28, _MOST_PROBED))
-    arrays = [torch.zeros(n) for _ in range(4)]
+    states = 1 if row.states == 1 else 2
+    element = 4 * (3 + 2 * states)
+    n = max(1, min(row.bytes // element, _MOST_PROBED))
+    arrays = [torch.zeros(n) for _ in range(2 + states)]
 
     def stream() -> None:
-        engine.update("traffic", 0, [1.0], 1.0, arrays, row.threads)
+        engine.update("traffic", states == 1, [1.0], 1.0, arrays, row.threads)
 
-    return stream, 28 * n
+    return stream, element * n
 
 
 def _seconds(step: Step, device: str) -> float:
