@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_many_tensors_are_not_compiled() -> None:
     assert result.timings[0].failed == (
         "NotImplementedError: compiling 300 tensors takes many minutes"
     )
+
+
+def test_what_is_compiled_in_the_second_step_counts_as_compiling() -> None:
+    def build_slowly(row: Row, params: list[Tensor]) -> Step:
+        step, pauses = build("torch loop")(row, params), [0.1, 0.2]
+
+        def slow_at_first() -> None:
+            time.sleep(pauses.pop() if pauses else 0)
+            step()
+
+        return slow_at_first
+
+    slow = Contestant("slow", lambda row: True, build_slowly, compiles=True)
+    (timing,) = measure(TINY, [slow], repeats=3).timings
+    assert timing.compile_seconds is not None
+    assert timing.compile_seconds > 0.25
 
 
 # ---- the oracle ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -105,9 +106,10 @@ def _enter(
     step()
     _synchronize(row.device)
     timing.first_step_seconds = time.perf_counter() - start
-    warm[contestant.name] = _seconds(step, row.device)
-    if contestant.compiles:
-        timing.compile_seconds = timing.first_step_seconds - warm[contestant.name]
+    warm[contestant.name] = second = _seconds(step, row.device)
+    if contestant.compiles:  # the second step, too, where it is the first to find states
+        warm[contestant.name] = steady = _seconds(step, row.device)
+        timing.compile_seconds = timing.first_step_seconds + second - 2 * steady
     steps[contestant.name] = step
 
 
@@ -146,6 +148,12 @@ def spread(samples: list[float]) -> float:
     return (high - low) / middle
 
 
+def _probed(row: Row) -> tuple[int, int]:
+    """Return how many arrays of how many float32 elements the probe walks on a CPU."""
+    arrays = 3 if row.states == 1 else 4
+    return arrays, max(1, min(row.bytes // (4 * (2 * arrays - 1)), _MOST_PROBED))
+
+
 def bandwidth_probe(row: Row) -> tuple[Step, int]:
     """Return the row's traffic with next to no arithmetic, and how many bytes it moves.
 
@@ -157,15 +165,13 @@ def bandwidth_probe(row: Row) -> tuple[Step, int]:
     if row.device == "cuda":
         source, target = torch.zeros(2, row.bytes // 2, dtype=torch.uint8, device=row.device)
         return lambda: target.copy_(source), row.bytes // 2 * 2
-    states = 1 if row.states == 1 else 2
-    element = 4 * (3 + 2 * states)
-    n = max(1, min(row.bytes // element, _MOST_PROBED))
-    arrays = [torch.zeros(n) for _ in range(2 + states)]
+    count, n = _probed(row)
+    arrays = [torch.zeros(n) for _ in range(count)]
 
     def stream() -> None:
-        engine.update("traffic", states == 1, [1.0], 1.0, arrays, row.threads)
+        engine.update("traffic", count == 3, [1.0], 1.0, arrays, row.threads)
 
-    return stream, element * n
+    return stream, 4 * n * (2 * count - 1)
 
 
 def _seconds(step: Step, device: str) -> float:
@@ -208,7 +214,9 @@ def reason(error: Exception) -> str:
 def _require_memory(row: Row) -> None:
     """Refuse what would make the machine swap, or end the process."""
     temporaries = 2  # of torch's foreach
-    needed = row.numel * row.dtype.itemsize * (2 + row.states + temporaries)
+    stays = row.numel * row.dtype.itemsize * (2 + row.states)
+    comes = row.numel * row.dtype.itemsize * temporaries + 4 * math.prod(_probed(row))
+    needed = stays + comes * 5 // 4  # and something for compilers
     meminfo = Path("/proc/meminfo")
     if row.device == "cuda":
         available = torch.cuda.mem_get_info()[0]

@@ -35,7 +35,7 @@ class Timing:
     first_step_seconds: float = 0.0
     """From the construction of the optimizer to the end of its first step."""
     compile_seconds: float | None = None
-    """What the first step took longer than the others, if it compiled the step."""
+    """What the first two steps took longer than the others, if they compiled the step."""
     samples: int = 0
     wrong: str = ""
     """How its numbers differ from float64's by more than rounding."""
