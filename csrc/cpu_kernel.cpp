@@ -188,6 +188,9 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
 
 // ---- norms --------------------------------------------------------------------------------------
 
+// One stream alone is read faster if it is asked for farther ahead, into the second-level cache.
+constexpr int64_t kNormPrefetchBytes = 8192;
+
 // Element i of a block is added to lane i % kNormLanes, whatever a register holds.
 constexpr int kNormLanes = 16;
 
@@ -214,10 +217,17 @@ double norm_block(const T* x, int64_t n, const void* next) {
     }
   };
   int64_t i = 0;
-  for (; i + kNormLanes <= n; i += kNormLanes) {
-    prefetch(x, i, n, next);
-    add(x + i);
-  }
+  const auto add_until = [&](int64_t end, uintptr_t ahead) __attribute__((always_inline)) {
+    for (; i + kNormLanes <= end; i += kNormLanes) {
+      const uintptr_t line = ahead + static_cast<uintptr_t>(i) * sizeof(T);
+      __builtin_prefetch(reinterpret_cast<const void*>(line), 0, /*locality=*/2);
+      add(x + i);
+    }
+  };
+  const auto bytes = static_cast<uintptr_t>(n) * sizeof(T);
+  add_until(n - kNormPrefetchBytes / int64_t{sizeof(T)},
+            reinterpret_cast<uintptr_t>(x) + kNormPrefetchBytes);
+  add_until(n, reinterpret_cast<uintptr_t>(next) + kNormPrefetchBytes - bytes);
   T padded[kNormLanes] = {};
   std::memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(T));
   add(padded);
