@@ -76,6 +76,11 @@ static const char* begin_of(const Piece& piece, int stream) {
   return piece.job->streams[stream].data + piece.first * item_size(piece, stream);
 }
 
+// Whether it has such a stream, as an array, which a kernel can ask for ahead.
+static bool has_array(const Piece& piece, int stream) {
+  return !piece.job->layout && stream < piece.job->stream_count;
+}
+
 static void update_piece(const Piece& piece, const Piece& next, double factor) {
   const Job& job = *piece.job;
   if (job.layout) {
@@ -83,8 +88,7 @@ static void update_piece(const Piece& piece, const Piece& next, double factor) {
   } else {
     const void* next_streams[kMaxStreams];
     for (int s = 0; s < job.stream_count; ++s) {
-      const bool goes_on = !next.job->layout && s < next.job->stream_count;
-      next_streams[s] = begin_of(goes_on ? next : piece, s);
+      next_streams[s] = begin_of(has_array(next, s) ? next : piece, s);
     }
     job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count,
                next_streams);
@@ -125,8 +129,7 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
 static void prefetch(const Piece& piece, const Piece& before, int from, int to) {
   if (piece.job->layout) return;  // its elements lie elsewhere
   for (int s = from; s < to; ++s) {
-    const bool goes_on = !before.job->layout && s < before.job->stream_count;
-    const int64_t asked = goes_on ? before.count * item_size(before, s) : 0;
+    const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
     const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
     const char* const begin = begin_of(piece, s);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);

@@ -2,10 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cmath>
-#include <unordered_map>
-
 namespace fusedopt {
 
 Group::Group(py::handle source)
@@ -30,8 +26,7 @@ Group::Group(py::handle source)
 
 // ---- messages -----------------------------------------------------------------------------------
 
-// What an object is, for a message.
-static std::string type_text(PyObject* object) {
+std::string type_text(PyObject* object) {
   const auto self = py::reinterpret_borrow<py::object>(object);
   const auto text = [&](const char* attribute) {
     return py::cast<std::string>(py::str(self.attr(attribute)));
@@ -41,10 +36,6 @@ static std::string type_text(PyObject* object) {
   }
   return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
          text("device");
-}
-
-static std::string device_text(int device) {
-  return device == kHost ? "cpu" : "cuda:" + std::to_string(device);
 }
 
 // For example: exp_avg of params[3] ('layer.weight') of group 1
@@ -63,7 +54,7 @@ std::string StepPlan::name(const Entry& entry, const std::string& what) const {
   return text;
 }
 
-// ---- gathering and validation -------------------------------------------------------------------
+// ---- the parts of a step but for collect --------------------------------------------------------
 
 PyObject* step_key() {
   static PyObject* const key = PyUnicode_InternFromString("step");
@@ -82,205 +73,6 @@ StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py:
   jobs_.reserve(count);
   held_.reserve(count * (kMaxStreams + 1));
 }
-
-void StepPlan::collect() {
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    const auto count = static_cast<Py_ssize_t>(groups_[g].params.size());
-    for (Py_ssize_t i = 0; i < count; ++i) collect(groups_[g], static_cast<int>(g), i);
-  }
-  if (!in_order_) count_repeats();
-}
-
-// Whether the memory has the opposite sign of the tensor: a view that torch has yet to negate. It
-// is the imaginary part of a complex tensor, so its elements are not next to each other.
-static inline bool negated(PyObject* tensor, const View& view) {
-  if (view.contiguous && view.numel != 1) return false;
-  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
-}
-
-void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
-  PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), index);
-  held_.push_back(reader_.grad(param));
-  if (held_.back().is_none()) return;
-  Entry& entry = entries_.emplace_back(&group, index, param, held_.back().ptr());
-
-  View views[kMaxStreams + 1];
-  View &p = views[kParam], &g = views[kGrad];
-  PyObject* grad = entry.grad;  // that of the parameter, whatever is done with it below
-  const auto leave_to_torch = [&] {
-    unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
-    outside.append(py::handle(grad));
-    entries_.pop_back();
-  };
-  if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
-      !reader_.read(entry.grad, &g, &held_) || p.device != g.device || negated(entry.param, p)) {
-    return leave_to_torch();
-  }
-  entry.device = p.device;
-  uses_devices_ = uses_devices_ || p.device != kHost;
-  if (negated(entry.grad, g)) {
-    held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
-    entry.grad = held_.back().ptr();
-    reader_.read(entry.grad, &g, &held_);
-  }
-  if (!same_shape(p, g)) {
-    throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
-                          shape_text(p) + "; call zero_grad() and compute it again");
-  }
-  if (overlap_out_of_step(p, g)) {  // a copy, or some of it would change before it is read
-    held_.push_back(py::handle(entry.grad).attr("clone")());
-    entry.grad = held_.back().ptr();
-    reader_.read(entry.grad, &g, &held_);
-  }
-  if (overlaps_itself(p)) {
-    throw py::value_error(name(entry, "") +
-                          " is a view in which elements share memory; expected every element in a "
-                          "place of its own; pass a clone() of it");
-  }
-  grad = entry.grad;
-  if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
-  const bool complete = read_states(entry, views);
-  if (!entry.fits) return leave_to_torch();
-  if (g.is_local_part) {
-    outside.append(py::handle(grad));
-    distributed_.push_back(jobs_.size());
-  }
-  if (complete) {
-    set_job(entry, views, &jobs_.emplace_back());
-  } else {
-    incomplete_.push_back(jobs_.size());
-    set_norm(g, &layouts_, &jobs_.emplace_back());  // all that it can have by now
-  }
-}
-
-// dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
-// the dict with a cursor finds most without hashing; and hash(tensor) is a Python function. Clears
-// `in_order` where that did not suffice.
-static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* in_order) {
-  PyObject *at, *value;
-  Py_ssize_t next = *cursor;
-  if (PyDict_Next(dict, &next, &at, &value) && at == key) {
-    *cursor = next;
-    return value;
-  }
-  *in_order = false;
-  value = PyDict_GetItemWithError(dict, key);
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-void StepPlan::read_state(const Entry& entry, PyObject* tensor, const py::str& key,
-                          const View& param, View* view) {
-  held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-  const auto state_name = [&] { return name(entry, std::string(key)); };
-  if (!reader_.read(tensor, view, &held_) || view->device != param.device) {
-    throw py::type_error(state_name() + " is " + type_text(tensor) +
-                         ", expected a strided float32, float64, bfloat16 or float16 tensor on " +
-                         device_text(param.device) +
-                         "; move it there, or delete opt.state[p] to start anew");
-  }
-  if (!same_shape(param, *view)) {
-    throw py::value_error(state_name() + " has shape " + shape_text(*view) + ", expected " +
-                          shape_text(param) +
-                          "; load a checkpoint of this model, or delete opt.state[p] to start "
-                          "anew");
-  }
-  if (overlaps_itself(*view)) {
-    throw py::value_error(state_name() +
-                          " is a view in which elements share memory; expected every element in "
-                          "a place of its own; store a clone() of it");
-  }
-  if (negated(tensor, *view)) {
-    throw py::value_error(state_name() +
-                          " is a view that torch has yet to negate; expected memory with the "
-                          "values themselves; store resolve_neg() of it");
-  }
-}
-
-// Reads and validates what exists of the entry's state; false if something is missing.
-bool StepPlan::read_states(Entry& entry, View* views) {
-  const Group& group = *entry.group;
-  if (group.states.empty() && !group.counts_steps) return true;
-  entry.state = find(state_.ptr(), entry.param, &state_cursor_, &in_order_);
-  entry.is_new = !entry.state;
-  if (entry.is_new) return false;
-  if (!PyDict_Check(entry.state)) {
-    throw py::type_error(name(entry, "state") + " is " + type_text(entry.state) +
-                         ", expected a dict; delete opt.state[p] to start anew");
-  }
-  held_.push_back(py::reinterpret_borrow<py::object>(entry.state));
-  Py_ssize_t cursor = 0;
-  bool any_order = true;
-  if (group.counts_steps) read_step(entry, &cursor);
-  bool complete = !group.counts_steps || entry.step;
-  for (size_t s = 0; s < group.states.size(); ++s) {
-    PyObject* tensor = find(entry.state, group.states[s].ptr(), &cursor, &any_order);
-    if (!tensor || tensor == Py_None) {
-      complete = false;
-      entry.is_new = entry.is_new || s < group.rule_states();
-      continue;
-    }
-    if (s == group.rule_states() && group.alpha == 0) continue;  // slow weights, at rest
-    View& state = views[kFirstState + s];
-    read_state(entry, tensor, group.states[s], views[kParam], &state);
-    if (entry.device != kHost) {
-      const View pair[] = {views[kParam], state};
-      entry.fits = entry.fits && common_layout(pair, 2).empty() &&
-                   (state.dtype == DType::f64) == (pair[0].dtype == DType::f64);
-    }
-  }
-  return complete;
-}
-
-void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
-  bool any_order = true;
-  entry.step = find(entry.state, step_key(), cursor, &any_order);
-  if (!entry.step) return;
-  held_.push_back(py::reinterpret_borrow<py::object>(entry.step));
-  const bool on_device = counts_on_device(entry);
-  bool elsewhere = false;
-  double steps;
-  if (reader_.read_count(entry.step, &entry.count, &held_)) {
-    if (reader_.emulated() && on_device) entry.count.device = entry.device;
-    if (entry.count.device == entry.device && entry.device != kHost) {
-      if (entry.count.type != TensorReader::Count::f32) {
-        throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
-                             ", expected a float32 tensor on " + device_text(entry.device) +
-                             " or on cpu; store the number of steps taken so far");
-      }
-      return;  // only the device knows
-    }
-    elsewhere = entry.count.device != kHost;  // a checkpoint of another device: read it once
-    steps = elsewhere ? py::cast<double>(py::handle(entry.step).attr("item")()) : entry.count.get();
-  } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
-    steps = PyFloat_AsDouble(entry.step);
-    if (PyErr_Occurred()) steps = HUGE_VAL;  // an integer beyond all doubles
-    PyErr_Clear();
-  } else {
-    throw py::type_error(name(entry, "step") + " is " + type_text(entry.step) +
-                         ", expected a number, or a float32, float64 or int64 tensor on cpu with "
-                         "one element; store the number of steps taken so far");
-  }
-  if (!(steps >= 0 && std::isfinite(steps))) {
-    throw py::value_error(name(entry, "step") + " is " + std::to_string(steps) +
-                          ", expected a finite number, 0 or more; store the number of steps taken "
-                          "so far");
-  }
-  entry.t = steps + 1;
-  entry.has_to_move = on_device || elsewhere;
-}
-
-// A parameter that is listed twice is stepped twice, the second time with the next number.
-void StepPlan::count_repeats() {
-  std::unordered_map<PyObject*, double> last;
-  for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps || entry.count.device != kHost) continue;
-    const auto [at, is_new] = last.try_emplace(entry.param, entry.t);
-    if (!is_new) entry.t = ++at->second;
-  }
-}
-
-// ---- the other parts of a step ------------------------------------------------------------------
 
 // From Python.
 const Folded* StepPlan::fold(const Entry& entry) {

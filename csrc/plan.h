@@ -55,7 +55,8 @@ struct Entry {
   bool fits = true;               // all streams are arrays of one order that a device can access
 };
 
-PyObject* step_key();  // of a state
+PyObject* step_key();                     // of a state
+std::string type_text(PyObject* object);  // what an object is, for a message
 
 class StepPlan {
  public:

@@ -1035,7 +1035,9 @@ class Evasive(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch passes func first, its stub has none
+        cls, func: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         raise NotImplementedError(func)
 
 

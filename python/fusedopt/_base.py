@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from fusedopt import _engine, clip
+from fusedopt import _engine, _norms, clip
 from fusedopt._clipping import Clips, Pending
 from fusedopt._engine import Group, Scaling, hide_step_from_dynamo, number, on_device
 from fusedopt._fallback import FallsBack
@@ -164,7 +164,7 @@ class Fused(Clips, FallsBack):
         """Add to `skipped_steps`; what a device counts, in place, as a graph repeats it."""
         if isinstance(self._skipped_steps, Tensor):
             if isinstance(skipped, Tensor):
-                skipped = clip.moved(skipped, self._skipped_steps.device, torch.float32)
+                skipped = _norms.moved(skipped, self._skipped_steps.device, torch.float32)
             self._skipped_steps += skipped
         elif isinstance(skipped, Tensor):
             self._skipped_steps = skipped + self._skipped_steps
@@ -181,7 +181,7 @@ class Fused(Clips, FallsBack):
             torch.get_num_threads(),
             scaling,
             lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
-            lambda gradients: clip.power_sum(gradients, 2),
+            lambda gradients: _norms.power_sum(gradients, 2),
         )
 
     def _patch_step_function(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt import _engine, clip
+from fusedopt import _engine, _norms, clip
 from fusedopt._engine import Scaling
 
 
@@ -139,7 +139,7 @@ class Clips(Optimizer):
         max_norm = clip.valid_max_norm(max_norm)
         norm_type = float(norm_type)
         pending = itself._still_pending(unchanged=True)
-        norm = clip.total_norm(itself._gradients(), norm_type) * pending.coefficient
+        norm = _norms.total_norm(itself._gradients(), norm_type) * pending.coefficient
         if error_if_nonfinite:
             clip.check_finite(norm, norm_type)
         itself._clip_by(max_norm, norm, pending)
@@ -202,7 +202,7 @@ class Clips(Optimizer):
         return [p.grad for p in self._parameters() if p.grad is not None]
 
     def _norm_of_gradients(self, scaling: Scaling) -> float | Tensor:
-        return clip.total_norm(self._gradients(), 2) * scaling.unscale
+        return _norms.total_norm(self._gradients(), 2) * scaling.unscale
 
     # Where this is set, a GradScaler leaves the scale of the gradients to `step`.
     @property

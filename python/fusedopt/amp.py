@@ -8,7 +8,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from fusedopt import clip
+from fusedopt import _norms
 from fusedopt._base import Fused
 from fusedopt.lookahead import Lookahead
 
@@ -62,7 +62,7 @@ class GradScaler(torch.amp.GradScaler):
         assert self._scale is not None
         device = self._scale.device
         if isinstance(skipped, torch.Tensor):
-            found = {device: clip.moved(skipped, device, torch.float32)}
+            found = {device: _norms.moved(skipped, device, torch.float32)}
         else:
             found = {device: torch.full((), float(skipped), dtype=torch.float32, device=device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found

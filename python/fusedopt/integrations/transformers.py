@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from fusedopt import clip
+from fusedopt import _norms
 from fusedopt.integrations import fused_inside
 
 
@@ -51,6 +51,6 @@ class FusedClipping(Trainer):  # type: ignore[misc]  # mypy does not see transfo
         optimizer = fused_inside(self.optimizer)
         assert optimizer is not None
         self.accelerator.unscale_gradients()  # those of float16; others are as they are
-        norm = clip.total_norm([p.grad for p in model.parameters() if p.grad is not None], 2.0)
+        norm = _norms.total_norm([p.grad for p in model.parameters() if p.grad is not None], 2.0)
         optimizer.clip_grads_with_norm_(max_norm, norm)
         return norm
