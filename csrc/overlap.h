@@ -10,7 +10,6 @@ namespace fusedopt {
 
 struct Extent {
   const char *begin, *end;
-  bool written;
 };
 
 inline Extent extent(const Job& job, int s) {
@@ -21,7 +20,7 @@ inline Extent extent(const Job& job, int s) {
   }
   const char* begin = job.streams[s].data;
   const int64_t size = kItemSize[static_cast<int>(job.streams[s].dtype)];
-  return {begin, begin + (last + 1) * size, s != kGrad};
+  return {begin, begin + (last + 1) * size};
 }
 
 // Sorts extents that often are in order, or in reverse order, already.
@@ -43,27 +42,45 @@ inline bool any_overlap(const std::vector<Job>& jobs) {
     for (int s = 0; s < job.stream_count; ++s) {
       // A gradient that is the parameter itself is read before it is written, element by element.
       if (s == kGrad && job.streams[s].data == job.streams[kParam].data) continue;
+      if (lists[s].empty()) lists[s].reserve(jobs.size());
       lists[s].push_back(extent(job, s));
     }
     for (int s = kFirstState; job.then && s < job.then->stream_count; ++s) {
       lists[kMaxStreams].push_back(extent(*job.then, s));
     }
   }
-  size_t next[kLists] = {};
-  for (std::vector<Extent>& list : lists) sort_extents(&list);
-  const char *written_end = nullptr, *read_end = nullptr;
-  for (;;) {
-    int first = -1;
-    for (int s = 0; s < kLists; ++s) {
-      if (next[s] == lists[s].size()) continue;
-      if (first < 0 || lists[s][next[s]].begin < lists[first][next[first]].begin) first = s;
-    }
-    if (first < 0) return false;
-    const Extent& e = lists[first][next[first]++];
-    if (e.begin < written_end || (e.written && e.begin < read_end)) return true;
-    const char*& end = e.written ? written_end : read_end;
-    end = std::max(end, e.end);
+  struct Rest {
+    const Extent *next, *end;
+    bool written;
+  };
+  Rest rests[kLists];
+  int count = 0;
+  for (int s = 0; s < kLists; ++s) {
+    if (lists[s].empty()) continue;
+    sort_extents(&lists[s]);
+    rests[count++] = {lists[s].data(), lists[s].data() + lists[s].size(), s != kGrad};
   }
+  const char *written_end = nullptr, *read_end = nullptr;
+  while (count > 0) {
+    // From the list that begins first, all that begins before the others.
+    Rest* first = rests;
+    for (int i = 1; i < count; ++i) {
+      if (rests[i].next->begin < first->next->begin) first = &rests[i];
+    }
+    const Extent* others = nullptr;
+    for (int i = 0; i < count; ++i) {
+      const Extent* const other = rests[i].next;
+      if (&rests[i] != first && (!others || other->begin < others->begin)) others = other;
+    }
+    do {
+      const Extent& e = *first->next++;
+      if (e.begin < written_end || (first->written && e.begin < read_end)) return true;
+      const char*& end = first->written ? written_end : read_end;
+      end = std::max(end, e.end);
+    } while (first->next != first->end && (!others || first->next->begin < others->begin));
+    if (first->next == first->end) *first = rests[--count];
+  }
+  return false;
 }
 
 }  // namespace fusedopt
