@@ -1,18 +1,12 @@
 // Running jobs: norms and updates, each step in one parallel region over all pieces.
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 
 #include "chunk.h"
 #include "engine.h"
 #include "overlap.h"
+#include "parallel.h"
 
 namespace fusedopt {
 
@@ -138,13 +132,6 @@ static void prefetch(const Piece& piece, const Piece& before, int from, int to) 
 
 // ---- all pieces ---------------------------------------------------------------------------------
 
-// The threads of a parent's pool do not exist in a forked child, and a parallel region there would
-// wait for them for ever.
-static std::atomic<bool> forked{false};
-#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
-static const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
-
 static bool is_large(const std::vector<Job>& jobs) {
   // Waking the other threads takes a few microseconds, the time of about this many bytes;
   constexpr int64_t kSmallBytes = 128 * 1024;
@@ -159,8 +146,7 @@ int useful_threads(const std::vector<Job>& jobs, int threads) {
   return is_large(jobs) ? threads : 1;
 }
 
-// ---- joining the blocks of a norm
-// ----------------------------------------------------------------
+// ---- joining the blocks of a norm ---------------------------------------------------------------
 
 static double join_all(Norm norm, const std::vector<double>& blocks) {
   const auto join = [norm](double a, double b) {
@@ -178,44 +164,13 @@ static double join_all(Norm norm, const std::vector<double>& blocks) {
   return lanes[0];
 }
 
-// ---- one parallel region ------------------------------------------------------------------------
-
-// Calls body(thread, count) on each of `count` threads: as many as were asked for, or fewer if the
-// runtime grants no more.
-template <class Body>
-static void in_parallel(int threads, Body body) {
-  (void)threads;
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  body(0, 1);
-}
-
-// Inside of it: waits until all threads are here, calls f on one, and lets them go on.
-template <class F>
-static void together(F f) {
-#if defined(_OPENMP)
-#pragma omp barrier
-#pragma omp single
-#endif
-  f();
-}
-
 namespace {
 
 // The work of a step in shares, one a thread.
 class Shares {
  public:
   Shares(const std::vector<Job>& jobs, int threads, bool writes, bool backwards = false)
-      : threads_(threads), backwards_(backwards) {
-#if !defined(_OPENMP)
-    threads_ = 1;
-#endif
-    if (forked) threads_ = 1;
+      : threads_(possible_threads(threads)), backwards_(backwards) {
     if (writes && (threads_ > 1 || backwards_) && any_overlap(jobs)) {
       threads_ = 1;
       backwards_ = false;

@@ -46,12 +46,14 @@ std::string StepPlan::name(const Entry& entry, const std::string& what) const {
   if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
     text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
   }
-  if (groups_.size() > 1) {
-    for (size_t i = 0; i < groups_.size(); ++i) {
-      if (&groups_[i] == entry.group) text += " of group " + std::to_string(i);
-    }
-  }
+  if (groups_.size() > 1) text += " of group " + std::to_string(number_of(*entry.group));
   return text;
+}
+
+int StepPlan::number_of(const Group& group) const {
+  int number = 0;
+  while (&groups_[number] != &group) ++number;
+  return number;
 }
 
 // ---- the parts of a step but for collect --------------------------------------------------------
@@ -62,27 +64,22 @@ PyObject* step_key() {
 }
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-                   const py::sequence& groups, bool may_skip)
-    : kernels_(kernels), reader_(reader), state_(state), may_skip_(may_skip) {
-  size_t count = 0;
-  for (const py::handle group : groups) {
-    groups_.emplace_back(group);
-    count += groups_.back().params.size();
-  }
-  entries_.reserve(count);
-  jobs_.reserve(count);
-  held_.reserve(count * (kMaxStreams + 1));
+                   const py::sequence& groups, bool may_skip, PlanMemory* spare)
+    : kernels_(kernels), reader_(reader), state_(state), may_skip_(may_skip), spare_(spare) {
+  for (const py::handle group : groups) groups_.emplace_back(group);
+  entries_.swap(spare->entries);
+  jobs_.swap(spare->jobs);
+}
+
+StepPlan::~StepPlan() {
+  entries_.clear();
+  entries_.swap(spare_->entries);
+  jobs_.swap(spare_->jobs);
 }
 
 // From Python.
-const Folded* StepPlan::fold(const Entry& entry) {
-  const Group& group = *entry.group;
-  if (entry.device == kHost && !PyFloat_Check(group.lr.ptr())) {
-    throw py::value_error("lr of the group of " + name(entry, "") + " is " +
-                          type_text(group.lr.ptr()) +
-                          ", but the parameter is on cpu; pass a number, or a tensor on cpu");
-  }
-  const auto scalars = py::cast<py::dict>(group.fold(entry.t));
+const Folded* StepPlan::fold(const Group& group, double t) {
+  const auto scalars = py::cast<py::dict>(group.fold(t));
   Folded folded{find_rule(kernels_, group.rule, group.flags), {}};
   for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
   if (static_cast<int>(group.rule_states()) != folded.rule.states) {
@@ -96,15 +93,25 @@ const Folded* StepPlan::fold(const Entry& entry) {
 }
 
 void StepPlan::fold_scalars() {
+  if (is_ready()) return;
   // A rule that keeps no count only tells a parameter's first step from the others.
   for (Entry& entry : entries_) {
     if (!entry.group->counts_steps) entry.t = entry.is_new ? 1 : 2;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
+    if (entry.folded) continue;
+    const Group& group = *entry.group;
+    if (entry.device == kHost && !PyFloat_Check(group.lr.ptr())) {
+      throw py::value_error("lr of the group of " + name(entry, "") + " is " +
+                            type_text(group.lr.ptr()) +
+                            ", but the parameter is on cpu; pass a number, or a tensor on cpu");
+    }
     const Entry* before = i > 0 ? &entries_[i - 1] : nullptr;
-    const bool same = before && before->group == entry.group && before->t == entry.t;
-    entry.folded = same ? before->folded : fold(entry);
+    const bool same = before && before->group == &group && before->t == entry.t;
+    entry.folded = same                                        ? before->folded
+                   : group.likely && group.likely_t == entry.t ? group.likely
+                                                               : fold(group, entry.t);
     set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
   }
 }
@@ -123,24 +130,21 @@ void StepPlan::create_missing_states() {
   }
 }
 
-// What was read here may lie in several entries' counts: a parameter that is listed twice.
-void StepPlan::advance_counts() const {
+void StepPlan::advance() const {
   for (const Entry& entry : entries_) {
-    if (entry.count.data && entry.count.device == kHost) entry.count.increment();
+    if (entry.count.data) {
+      if (entry.count.device == kHost) entry.count.increment();
+    } else if (entry.step) {
+      const auto count = py::reinterpret_steal<py::object>(
+          PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
+      if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
+    }
+    if (entry.usual) {
+      reader_.abi().bump_version(entry.records[kParam]);
+    } else {
+      reader_.bump_version(entry.param);
+    }
   }
-}
-
-void StepPlan::advance_plain_counts() const {
-  for (const Entry& entry : entries_) {
-    if (!entry.step || entry.count.data) continue;
-    const auto count = py::reinterpret_steal<py::object>(
-        PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
-    if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
-  }
-}
-
-void StepPlan::bump_versions() const {
-  for (const Entry& entry : entries_) reader_.bump_version(entry.param);
 }
 
 // ---- jobs ---------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 // Gathering and validation: what a parameter's objects are, and whether they fit together.
 
-#include <cmath>
 #include <unordered_map>
 
 #include "plan.h"
@@ -11,42 +10,53 @@ static std::string device_text(int device) {
   return device == kHost ? "cpu" : "cuda:" + std::to_string(device);
 }
 
-void StepPlan::collect() {
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    const auto count = static_cast<Py_ssize_t>(groups_[g].params.size());
-    for (Py_ssize_t i = 0; i < count; ++i) collect(groups_[g], static_cast<int>(g), i);
+void StepPlan::collect(int threads) {
+  collect_usual(threads);
+  const size_t count = entries_.size();
+  if (is_ready()) return;
+  hold();
+  state_cursor_ = 0;  // whoever gets the GIL from here on may change the state
+  size_t kept = 0;
+  for (size_t i = 0; i < count; ++i) {
+    Entry& entry = entries_[kept];
+    if (kept != i) {
+      entry = entries_[i];
+      jobs_[kept] = jobs_[i];
+    }
+    if (entry.usual) {
+      find_next(state_.ptr(), entry.param, &state_cursor_);
+      ++kept;
+    } else {
+      kept += collect(entry, kept);
+    }
   }
+  entries_.erase(entries_.begin() + static_cast<ptrdiff_t>(kept), entries_.end());
+  jobs_.resize(kept);
   if (!in_order_) count_repeats();
 }
 
-// Whether the memory has the opposite sign of the tensor: a view that torch has yet to negate. It
-// is the imaginary part of a complex tensor, so its elements are not next to each other.
-static inline bool negated(PyObject* tensor, const View& view) {
-  if (view.contiguous && view.numel != 1) return false;
-  return py::cast<bool>(py::handle(tensor).attr("is_neg")());
-}
-
-void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
-  PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), index);
-  held_.push_back(reader_.grad(param));
-  if (held_.back().is_none()) return;
-  Entry& entry = entries_.emplace_back(&group, index, param, held_.back().ptr());
+// Any parameter, whatever it takes; false if there is nothing to do, or nothing that a kernel can.
+bool StepPlan::collect(Entry& entry, size_t at) {
+  const Group& group = *entry.group;
+  held_.push_back(reader_.grad(entry.param));
+  if (held_.back().is_none()) return false;
+  entry.grad = held_.back().ptr();
 
   View views[kMaxStreams + 1];
   View &p = views[kParam], &g = views[kGrad];
   PyObject* grad = entry.grad;  // that of the parameter, whatever is done with it below
   const auto leave_to_torch = [&] {
-    unsupported.append(py::make_tuple(group_index, py::handle(entry.param)));
+    unsupported.append(py::make_tuple(number_of(group), py::handle(entry.param)));
     outside.append(py::handle(grad));
-    entries_.pop_back();
+    return false;
   };
   if (!group.has_kernel || !reader_.read(entry.param, &p, &held_) ||
-      !reader_.read(entry.grad, &g, &held_) || p.device != g.device || negated(entry.param, p)) {
+      !reader_.read(entry.grad, &g, &held_) || p.device != g.device || p.negated) {
     return leave_to_torch();
   }
   entry.device = p.device;
   uses_devices_ = uses_devices_ || p.device != kHost;
-  if (negated(entry.grad, g)) {
+  if (g.negated) {
     held_.push_back(py::handle(entry.grad).attr("resolve_neg")());
     entry.grad = held_.back().ptr();
     reader_.read(entry.grad, &g, &held_);
@@ -71,26 +81,30 @@ void StepPlan::collect(const Group& group, int group_index, Py_ssize_t index) {
   if (!entry.fits) return leave_to_torch();
   if (g.is_local_part) {
     outside.append(py::handle(grad));
-    distributed_.push_back(jobs_.size());
+    distributed_.push_back(at);
   }
+  jobs_[at] = {};
   if (complete) {
-    set_job(entry, views, &jobs_.emplace_back());
+    set_job(entry, views, &jobs_[at]);
   } else {
-    incomplete_.push_back(jobs_.size());
-    set_norm(g, &layouts_, &jobs_.emplace_back());  // all that it can have by now
+    incomplete_.push_back(at);
+    set_norm(g, &layouts_, &jobs_[at]);  // all that it can have by now
   }
+  return true;
 }
 
-// dict[key], or null. Keys are usually asked for in the order in which they were added, so walking
-// the dict with a cursor finds most without hashing; and hash(tensor) is a Python function. Clears
-// `in_order` where that did not suffice.
-static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* in_order) {
+PyObject* find_next(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
   PyObject *at, *value;
   Py_ssize_t next = *cursor;
-  if (PyDict_Next(dict, &next, &at, &value) && at == key) {
-    *cursor = next;
-    return value;
-  }
+  if (!PyDict_Next(dict, &next, &at, &value) || at != key) return nullptr;
+  *cursor = next;
+  return value;
+}
+
+// dict[key], or null. Clears `in_order` where it was not found there.
+static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor, bool* in_order) {
+  PyObject* value = find_next(dict, key, cursor);
+  if (value) return value;
   *in_order = false;
   value = PyDict_GetItemWithError(dict, key);
   if (!value && PyErr_Occurred()) throw py::error_already_set();
@@ -118,7 +132,7 @@ void StepPlan::read_state(const Entry& entry, PyObject* tensor, const py::str& k
                           " is a view in which elements share memory; expected every element in "
                           "a place of its own; store a clone() of it");
   }
-  if (negated(tensor, *view)) {
+  if (view->negated) {
     throw py::value_error(state_name() +
                           " is a view that torch has yet to negate; expected memory with the "
                           "values themselves; store resolve_neg() of it");
@@ -189,7 +203,7 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
                          ", expected a number, or a float32, float64 or int64 tensor on cpu with "
                          "one element; store the number of steps taken so far");
   }
-  if (!(steps >= 0 && std::isfinite(steps))) {
+  if (!is_step(steps)) {
     throw py::value_error(name(entry, "step") + " is " + std::to_string(steps) +
                           ", expected a finite number, 0 or more; store the number of steps taken "
                           "so far");
@@ -204,7 +218,9 @@ void StepPlan::count_repeats() {
   for (Entry& entry : entries_) {
     if (!entry.group->counts_steps || entry.count.device != kHost) continue;
     const auto [at, is_new] = last.try_emplace(entry.param, entry.t);
-    if (!is_new) entry.t = ++at->second;
+    if (is_new) continue;
+    entry.t = ++at->second;
+    entry.folded = nullptr;
   }
 }
 

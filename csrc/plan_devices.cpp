@@ -42,6 +42,7 @@ bool StepPlan::counts_on_device(const Entry& entry) const {
 // Puts counts where they belong: a checkpoint may have them elsewhere, and a step that only a
 // device knows to be skipped is counted there.
 void StepPlan::move_counts() {
+  if (is_ready()) return;  // none was moved
   for (Entry& entry : entries_) {
     if (!entry.has_to_move) continue;
     const bool on_device = counts_on_device(entry);

@@ -26,9 +26,21 @@ Engine::Engine(const std::string& isa, bool fast_gather, const std::string& devi
     : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
       device_kernels_(device_kernels(device)),
       reader_(fast_gather, device_kernels_ ? device_kernels_->runs_on : nullptr,
-              device == "emulated") {}
+              device == "emulated"),
+      spare_(std::make_unique<PlanMemory>()) {}
+
+Engine::~Engine() = default;
 
 constexpr double kNoNorm = std::numeric_limits<double>::quiet_NaN();  // nothing asked for it
+
+// Whether other threads of Python would notice that they wait for the GIL: it changes hands every 5
+// ms, in which these kernels are done.
+static bool take_long(const std::vector<Job>& jobs) {
+  constexpr int64_t kLongBytes = 32 * 1024 * 1024;
+  int64_t bytes = 0;
+  for (const Job& job : jobs) bytes += job.numel * job.bytes_per_element;
+  return bytes > kLongBytes;
+}
 
 // ---- steps --------------------------------------------------------------------------------------
 
@@ -36,6 +48,12 @@ constexpr double kNoNorm = std::numeric_limits<double>::quiet_NaN();  // nothing
 static double wait_for(const py::handle number) {
   return py::cast<double>(PyFloat_Check(number.ptr()) ? py::reinterpret_borrow<py::object>(number)
                                                       : number.attr("item")());
+}
+
+// Whether it takes Python to know them, or a device.
+static bool has_tensors(const py::object& scaling) {
+  return !scaling.attr("skip").is_none() || !PyFloat_Check(scaling.attr("unscale").ptr()) ||
+         !PyFloat_Check(scaling.attr("coefficient").ptr());
 }
 
 static Scaling read_scaling(const py::object& source) {
@@ -54,8 +72,9 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
                        const py::object& outside) const {
   const py::object skip = scaling_source.attr("skip");
   const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) || !skip.is_none();
-  StepPlan plan(kernels_, reader_, state, groups, may_skip);
-  plan.collect();
+  StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
+  plan.collect(threads);
+  if (has_tensors(scaling_source) || take_long(plan.jobs())) plan.hold();
   plan.fold_scalars();
   if (plan.uses_devices()) {
     return step_on_devices(&plan, scaling_source, threads, fallback, outside);
@@ -88,15 +107,12 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   plan.create_missing_states();
   plan.move_counts();
   {
-    py::gil_scoped_release unlocked;
+    std::optional<py::gil_scoped_release> unlocked;
+    if (plan.holds()) unlocked.emplace();
     const Verdict last = run(kernels_, plan.jobs(), threads, scaling);
     if (scaling.needs_norm()) verdict = last;
-    if (!verdict.skipped) plan.advance_counts();
   }
-  if (!verdict.skipped) {
-    plan.advance_plain_counts();
-    plan.bump_versions();
-  }
+  if (!verdict.skipped) plan.advance();
   return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
@@ -152,8 +168,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
     }
     scaling = {};
     scaling.coefficient = verdict.factor;
-  } else if (needs_norm || may_skip || !PyFloat_Check(source.attr("unscale").ptr()) ||
-             !PyFloat_Check(source.attr("coefficient").ptr())) {
+  } else if (needs_norm || may_skip || has_tensors(source)) {
     if (needs_norm && queues.size() > 1) {  // each device needs the others' sums
       for (DeviceQueue& queue : queues) {
         sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
@@ -183,9 +198,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
     py::gil_scoped_release unlocked;
     run_updates(plan->jobs_on(kHost), threads, factor);
   }
-  plan->advance_counts();
-  plan->advance_plain_counts();
-  plan->bump_versions();
+  plan->advance();
   return py::make_tuple(norm, skipped);
 }
 

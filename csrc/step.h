@@ -1,12 +1,15 @@
 // What Python calls: steps and norms.
 #pragma once
 
+#include <memory>
+
 #include "cuda_run.h"
 #include "tensors.h"
 
 namespace fusedopt {
 
 class StepPlan;
+struct PlanMemory;
 
 class Engine {
  public:
@@ -14,6 +17,7 @@ class Engine {
   // parameters on CUDA devices: "cuda", "none", or "emulated", in a build for tests: then
   // parameters on the CPU are taken to be on a device.
   Engine(const std::string& isa, bool fast_gather, const std::string& device);
+  ~Engine();
 
   // Steps every parameter that has a gradient, and returns (norm, skipped): numbers, or tensors on
   // a device that nobody has waited for. `groups` are fusedopt._engine.Group, `scaling` is a
@@ -52,6 +56,7 @@ class Engine {
   const Kernels& kernels_;
   const cuda::Kernels* device_kernels_;
   TensorReader reader_;
+  const std::unique_ptr<PlanMemory> spare_;  // of plans
 };
 
 }  // namespace fusedopt

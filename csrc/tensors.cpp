@@ -76,7 +76,10 @@ PyObject* TensorReader::local_part(PyObject* object, Held* held) const {
 }
 
 bool TensorReader::read_raw(PyObject* object, RawTensor* tensor, Held* held) const {
-  return abi_ ? abi_->read(object, tensor) : read_attributes(object, tensor, held);
+  if (!abi_) return read_attributes(object, tensor, held);
+  if (abi_->read(abi_->record(object), tensor)) return true;
+  PyErr_Clear();  // what tensors with a Python class of their own may have run into
+  return false;
 }
 
 // The same through Python, several times slower.
@@ -99,6 +102,7 @@ bool TensorReader::read_attributes(PyObject* object, RawTensor* tensor, Held* he
   tensor->on_cuda = device_type == "cuda";
   if (tensor->on_cuda) tensor->device = py::cast<int>(device.attr("index"));
   tensor->data = reinterpret_cast<void*>(py::cast<uintptr_t>(self.attr("data_ptr")()));
+  tensor->negated = py::cast<bool>(self.attr("is_neg")());
   const auto shape = py::cast<std::vector<int64_t>>(self.attr("shape"));
   const auto strides = py::cast<std::vector<int64_t>>(self.attr("stride")());
   tensor->ndim = static_cast<int>(shape.size());
@@ -136,9 +140,18 @@ static bool has_memory(const RawTensor& tensor, int64_t numel) {
 bool TensorReader::read(PyObject* object, View* view, Held* held) const {
   RawTensor tensor;
   PyObject* const local = local_part(object, held);
-  if (!local || !read_raw(local, &tensor, held) || !find_device(tensor, &view->device)) {
-    return false;
-  }
+  view->is_local_part = local != object;
+  return local && read_raw(local, &tensor, held) && set_view(tensor, view);
+}
+
+bool TensorReader::read(Record record, View* view) const {
+  RawTensor tensor;
+  view->is_local_part = false;
+  return abi_->read(record, &tensor) && !tensor.on_cuda && set_view(tensor, view);
+}
+
+bool TensorReader::set_view(const RawTensor& tensor, View* view) const {
+  if (!find_device(tensor, &view->device)) return false;
   switch (tensor.type) {
     case RawTensor::f32: view->dtype = DType::f32; break;
     case RawTensor::f64: view->dtype = DType::f64; break;
@@ -156,14 +169,22 @@ bool TensorReader::read(PyObject* object, View* view, Held* held) const {
     view->contiguous = view->contiguous && tensor.strides[d] == view->numel;
     view->numel *= tensor.shape[d];
   }
-  view->is_local_part = local != object;
+  view->negated = tensor.negated;
   return has_memory(tensor, view->numel);
 }
 
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
   RawTensor tensor;
   PyObject* const local = local_part(object, held);
-  if (!local || !read_raw(local, &tensor, held)) return false;
+  return local && read_raw(local, &tensor, held) && set_count(tensor, count);
+}
+
+bool TensorReader::read_count(Record record, Count* count) const {
+  RawTensor tensor;
+  return abi_->read(record, &tensor) && !tensor.on_cuda && set_count(tensor, count);
+}
+
+bool TensorReader::set_count(const RawTensor& tensor, Count* count) const {
   if (!find_device(tensor, &count->device)) return false;
   if (emulated_) count->device = kHost;
   for (int d = 0; d < tensor.ndim; ++d) {
@@ -180,7 +201,7 @@ bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const 
 }
 
 void TensorReader::bump_version(PyObject* tensor) const {
-  if (abi_) return abi_->bump_version(tensor);
+  if (abi_) return abi_->bump_version(abi_->record(tensor));
   py::module_::import("torch.autograd.graph").attr("increment_version")(py::handle(tensor));
 }
 

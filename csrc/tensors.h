@@ -30,6 +30,7 @@ struct View {
   int device = kHost;
   bool contiguous = false;     // the strides are those of a C array, also where a size is 1
   bool is_local_part = false;  // of a tensor that several processes share
+  bool negated = false;        // the memory has the opposite sign of the tensor
 };
 
 class TensorReader {
@@ -55,6 +56,12 @@ class TensorReader {
   // A DTensor is read as its local shard.
   bool read(PyObject* object, View* view, Held* held) const;
 
+  // The same without Python, where fast(): the record of a tensor on the CPU, in a class of
+  // torch's.
+  const TorchAbi& abi() const { return *abi_; }
+  bool is_plain(PyObject* object) const;  // whether it is in one
+  bool read(Record record, View* view) const;
+
   // The single element of a tensor that counts steps; on a device, a float32 one.
   struct Count {
     enum { f32, f64, i64 } type = f32;
@@ -65,13 +72,15 @@ class TensorReader {
     void increment() const;
   };
   bool read_count(PyObject* object, Count* count, Held* held) const;
+  bool read_count(Record record, Count* count) const;
 
  private:
-  bool is_plain(PyObject* object) const;
   // What this process has of a DTensor, or any other tensor itself; null for what is no tensor.
   PyObject* local_part(PyObject* object, Held* held) const;
   bool read_raw(PyObject* object, RawTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, RawTensor* tensor, Held* held) const;
+  bool set_view(const RawTensor& tensor, View* view) const;
+  bool set_count(const RawTensor& tensor, Count* count) const;
   bool find_device(const RawTensor& tensor, int* device) const;
 
   py::object tensor_, parameter_;  // the two plain types: no wrapper, no override

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <new>
 #include <string>
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -53,8 +54,16 @@ bool TorchAbi::find_functions() {
   find("get_sizes", &get_sizes_);
   find("get_strides", &get_strides_);
   find("get_data_ptr", &get_data_ptr_);
-  // torch::autograd::impl::bump_version(const at::Tensor&), for which there is no C function.
+  find("new_tensor_handle", &new_tensor_handle_);
+  find("delete_tensor_object", &delete_tensor_object_);
+  // For these there is no C function: torch::autograd::impl::bump_version(const at::Tensor&),
   find_symbol("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", &bump_version_);
+  // at::impl::tensor_has_dispatch(const at::Tensor&),
+  find_symbol("_ZN2at4impl19tensor_has_dispatchERKNS_6TensorE", &has_dispatch_);
+  // at::native::is_neg(const at::Tensor&),
+  find_symbol("_ZN2at6native6is_negERKNS_6TensorE", &is_neg_);
+  // c10::TensorImpl::grad() const.
+  find_symbol("_ZNK3c1010TensorImpl4gradEv", &grad_);
   find_number("layout_strided", &strided_);
   find_number("device_type_cpu", &cpu_);
   find_number("device_type_cuda", &cuda_);
@@ -92,7 +101,10 @@ bool TorchAbi::find_offset(const py::list& tensors) {
 // Whether what is read of a tensor, and done to it, is what Python says.
 bool TorchAbi::agrees_on(const py::handle tensor, RawTensor::Type type) const {
   RawTensor raw;
-  if (!read(tensor.ptr(), &raw) || raw.on_cuda || raw.type != type) return false;
+  if (!read(record(tensor.ptr()), &raw) || raw.on_cuda || raw.type != type) return false;
+  if (asks_python(record(tensor.ptr())) || raw.negated != py::cast<bool>(tensor.attr("is_neg")())) {
+    return false;
+  }
   const auto shape = py::cast<py::tuple>(tensor.attr("shape"));
   const auto strides = py::cast<py::tuple>(tensor.attr("stride")());
   bool same = raw.data == reinterpret_cast<void*>(py::cast<uintptr_t>(tensor.attr("data_ptr")())) &&
@@ -104,8 +116,18 @@ bool TorchAbi::agrees_on(const py::handle tensor, RawTensor::Type type) const {
   if (!same) return false;
   const auto version = [&] { return py::cast<int64_t>(tensor.attr("_version")); };
   const int64_t before = version();
-  bump_version(tensor.ptr());
+  bump_version(record(tensor.ptr()));
   return version() == before + 1;
+}
+
+// One with a Python class that answers for it.
+static py::object asking_tensor(const py::module_& torch) {
+  const auto builtins = py::module_::import("builtins");
+  const py::object tensor = torch.attr("Tensor");
+  const py::dict members(py::arg("__torch_dispatch__") =
+                             builtins.attr("classmethod")(builtins.attr("len")));
+  const py::object type = builtins.attr("type")("Asking", py::make_tuple(tensor), members);
+  return tensor.attr("_make_wrapper_subclass")(type, py::make_tuple(2));
 }
 
 std::optional<TorchAbi> TorchAbi::find() try {
@@ -125,6 +147,14 @@ std::optional<TorchAbi> TorchAbi::find() try {
                             : tensor);
   }
   if (!abi.find_offset(tensors)) return {};
+  const Record parameter = abi.record(tensors[1].ptr());
+  abi.undefined_ = *abi.grad_(parameter);
+  tensors[1].attr("grad") = tensors[1].attr("detach")();
+  if (abi.grad(parameter) != abi.record(tensors[1].attr("grad").ptr())) return {};
+  const py::object number =
+      empty(2, py::arg("dtype") = torch.attr("complex64"), py::arg("device") = cpu);
+  if (!abi.agrees_on(number.attr("conj")().attr("imag"), RawTensor::f32)) return {};
+  if (!abi.asks_python(abi.record(asking_tensor(torch).ptr()))) return {};
   for (int i = 0; i <= RawTensor::i64; ++i) {
     if (!abi.agrees_on(tensors[i], static_cast<RawTensor::Type>(i))) return {};
   }
@@ -135,13 +165,14 @@ std::optional<TorchAbi> TorchAbi::find() try {
   return {};
 }
 
-bool TorchAbi::read(PyObject* object, RawTensor* tensor) const {
-  if (read_handle(handle(object), tensor)) return true;
-  PyErr_Clear();  // what tensors with a Python class of their own may have run into
-  return false;
+Record TorchAbi::record(PyObject* object) const {
+  Record record;
+  std::memcpy(&record, reinterpret_cast<char*>(object) + offset_, sizeof(record));
+  return record;
 }
 
-bool TorchAbi::read_handle(Handle handle, RawTensor* tensor) const {
+bool TorchAbi::read(Record record, RawTensor* tensor) const {
+  const Handle handle = &record;
   // Torch says of some layouts and devices, in an exception, that they have no strides or pointer.
   int32_t layout, device_type, dtype, device;
   if (get_layout_(handle, &layout) || layout != strided_) return false;
@@ -164,11 +195,23 @@ bool TorchAbi::read_handle(Handle handle, RawTensor* tensor) const {
   tensor->ndim = static_cast<int>(ndim);
   tensor->shape = shape;
   tensor->strides = strides;
+  tensor->negated = is_neg_(handle);
   return get_data_ptr_(handle, &tensor->data) == 0;
 }
 
-void TorchAbi::bump_version(PyObject* object) const try {
-  bump_version_(handle(object));
+Record TorchAbi::grad(Record record) const {
+  const Record grad = *grad_(record);
+  return grad == undefined_ ? nullptr : grad;
+}
+
+TorchAbi::Hold TorchAbi::hold(Record record) const {
+  void* tensor = nullptr;
+  if (new_tensor_handle_(&record, &tensor)) throw std::bad_alloc();
+  return {tensor, {delete_tensor_object_}};
+}
+
+void TorchAbi::bump_version(Record record) const try {
+  bump_version_(&record);
 } catch (const std::exception&) {
   // It is an inference tensor, and has none.
 }

@@ -1,11 +1,12 @@
 // What the engine asks of torch in C, in some nanoseconds and without linking torch: functions of
-// the libtorch that Python has loaded. All but one belong to its stable C ABI
+// the libtorch that Python has loaded. Most belong to its stable C ABI
 // (torch/csrc/inductor/aoti_torch/c/shim.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 namespace fusedopt {
@@ -21,7 +22,11 @@ struct RawTensor {
   int ndim;
   const int64_t *shape, *strides;
   void* data;
+  bool negated;  // the memory has the opposite sign: a view that torch has yet to negate
 };
+
+// Torch's own record of a tensor, which a Python object and other tensors share.
+using Record = void*;
 
 class TorchAbi {
  public:
@@ -29,22 +34,36 @@ class TorchAbi {
   // says of them.
   static std::optional<TorchAbi> find();
 
-  // False, with no Python error set, for anything but what a RawTensor can describe. `object` is a
-  // torch.Tensor.
-  bool read(PyObject* object, RawTensor* tensor) const;
+  // Of a torch.Tensor.
+  Record record(PyObject* object) const;
+
+  // Whether the tensor has a Python class that answers for it. Of all others, what follows needs no
+  // GIL.
+  bool asks_python(Record record) const { return has_dispatch_(&record); }
+
+  // False for anything but what a RawTensor can describe; a Python error may then be set.
+  bool read(Record record, RawTensor* tensor) const;
+
+  // Null if there is none.
+  Record grad(Record record) const;
+
+  // Keeps a tensor's memory until it is released.
+  struct Release {
+    int (*function)(void*);
+    void operator()(void* tensor) const { function(tensor); }
+  };
+  using Hold = std::unique_ptr<void, Release>;
+  Hold hold(Record record) const;
 
   // Tells autograd that a tensor has changed, as torch.autograd.graph.increment_version does.
-  void bump_version(PyObject* object) const;
+  void bump_version(Record record) const;
 
  private:
-  // A handle is the address of an at::Tensor, which is one pointer to torch's record. Each Python
-  // object holds one.
-  using Handle = void*;
-  Handle handle(PyObject* object) const { return reinterpret_cast<char*>(object) + offset_; }
+  // A handle is the address of an at::Tensor, which is one pointer to a record.
+  using Handle = const Record*;
   bool find_functions();
   bool find_offset(const py::list& tensors);
   bool agrees_on(py::handle tensor, RawTensor::Type type) const;
-  bool read_handle(Handle handle, RawTensor* tensor) const;
 
   ptrdiff_t offset_ = 0;
   // Each returns 0, or an error code.
@@ -56,7 +75,13 @@ class TorchAbi {
   int (*get_sizes_)(Handle, int64_t**);
   int (*get_strides_)(Handle, int64_t**);
   int (*get_data_ptr_)(Handle, void**);
+  int (*new_tensor_handle_)(Handle, void**);
+  int (*delete_tensor_object_)(void*);
   void (*bump_version_)(Handle);
+  bool (*has_dispatch_)(Handle);
+  bool (*is_neg_)(Handle);
+  Handle (*grad_)(Record);
+  Record undefined_;  // of no tensor
   // Torch's numbers for what is supported.
   int32_t strided_, cpu_, cuda_, dtypes_[RawTensor::i64 + 1];
 };

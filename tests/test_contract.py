@@ -28,7 +28,6 @@ from torch.optim.optimizer import (
 )
 
 import fusedopt
-from fusedopt import _core, _engine
 from tests.helpers import (
     assert_same_bits,
     assert_same_state,
@@ -41,7 +40,6 @@ from tests.helpers import (
     run_script,
     run_two_ranks,
     set_gradients,
-    slow_gather,
     squares,
     threads_of_a_step,
     train,
@@ -982,79 +980,6 @@ def test_version_counters_are_bumped(config: Config, gather: str) -> None:
     train(optimizer, [p], 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss)
-
-
-@each_config
-def test_the_slow_gather_gives_the_same_bits(config: Config) -> None:
-    params, other_params = parameters(), parameters()
-    optimizer = config.cls(params, **config.kwargs)
-    other = config.cls(other_params, **config.kwargs)
-    train(optimizer, params, 3)
-    with slow_gather():
-        train(other, other_params, 3)
-    assert_same_state(other, optimizer, assert_same_bits)
-
-
-def test_the_fast_gather_is_used() -> None:
-    assert _core.Engine().fast_gather
-    assert not _core.Engine(fast_gather=False).fast_gather
-    with torch.inference_mode(), torch.device("meta"):
-        assert _core.Engine().fast_gather
-
-
-@pytest.mark.parametrize(
-    ("name", "lie"),
-    [
-        ("_cdata", property(lambda tensor: 1)),
-        ("_cdata", property(lambda tensor: tensor.absent)),
-        ("dtype", torch.int64),
-        ("data_ptr", lambda tensor: 1),
-        ("shape", (2, 2)),
-        ("stride", lambda tensor: (1,) * tensor.dim()),
-        ("_version", 1),
-    ],
-)
-def test_a_torch_that_the_fast_gather_misreads_is_read_slowly(
-    name: str, lie: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "dtype":  # by which the tensors are made that the two ways are compared on
-        monkeypatch.setattr(torch, "bfloat16", lie)
-    else:
-        monkeypatch.setattr(torch.Tensor, name, lie, raising=False)
-    assert not _core.Engine().fast_gather
-    with torch.inference_mode():
-        assert not _core.Engine().fast_gather
-
-
-class Evasive(torch.Tensor):
-    """A wrapper whose class is asked what it is, and fails to say."""
-
-    @staticmethod
-    def __new__(cls, size: tuple[int, ...], policy: dict[str, Any]) -> Evasive:
-        made: Evasive = torch.Tensor._make_wrapper_subclass(cls, size, **policy)
-        return made
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch passes func first, its stub has none
-        cls, func: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        raise NotImplementedError(func)
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        {"dispatch_sizes_strides_policy": "strides"},
-        {"dispatch_sizes_strides_policy": "sizes"},
-        {"dispatch_device": True},
-        {"dispatch_layout": True},
-    ],
-    ids=str,
-)
-def test_a_tensor_that_cannot_be_read_leaves_no_error(policy: dict[str, Any], gather: str) -> None:
-    evasive = Evasive((3,), policy)
-    _, _, others = _engine.engine.norm([evasive, torch.ones(4)], 2.0, 1)
-    assert [each is evasive for each in others] == [True]
 
 
 # ---- DTensor -------------------------------------------------------------------------------------

@@ -241,6 +241,16 @@ def test_schedulers_and_hooks(module: Any) -> None:
     assert fired == ["outer pre", "inner pre", "outer post"] * 5
 
 
+def test_slow_weights_that_are_none_are_made_in_the_next_step(gather: str) -> None:
+    (p,) = parameters([(4,)])
+    optimizer = lookahead(fusedopt.AdamW, [p])
+    train(optimizer, [p], 1)
+    expected = p.detach().clone()
+    optimizer.state[p]["slow"] = None
+    train(optimizer, [p], range(1, 2))
+    assert_same_bits(optimizer.state[p]["slow"], expected)
+
+
 def test_clipping_passes_through() -> None:
     params, plain_params = parameters(), parameters()
     optimizer: Any = lookahead(fusedopt.SGD, params, lr=0.1, max_grad_norm=0.5)
