@@ -64,7 +64,8 @@ struct Entry {
   Record records[kMaxStreams] = {}, step_record = nullptr;
 };
 
-// What a plan fills, kept from step to step for its capacity alone.
+// What a plan fills, kept from step to step for its capacity alone. Jobs of the step before are
+// still in it, and are overwritten unread: to make them all anew would be one more pass.
 struct PlanMemory {
   std::vector<Entry> entries;
   std::vector<Job> jobs;
