@@ -4,6 +4,7 @@
 
 #include "cuda_step.h"
 #include "jobs.h"
+#include "overlap.h"
 #include "step.h"
 
 namespace fusedopt {
@@ -75,7 +76,8 @@ py::list Engine::apply(const std::string& rule_name, const std::vector<double>& 
   }
   {
     py::gil_scoped_release unlocked;
-    run_updates(jobs, useful_threads(jobs, threads), 1);
+    Overlaps overlaps;
+    run_updates(jobs, useful_threads(jobs, threads), 1, &overlaps);
   }
   return others;
 }
@@ -113,7 +115,8 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     return;
   }
   py::gil_scoped_release unlocked;
-  run_updates(jobs, threads, 1);
+  Overlaps overlaps;
+  run_updates(jobs, threads, 1, &overlaps);
 }
 
 }  // namespace fusedopt

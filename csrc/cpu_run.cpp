@@ -169,9 +169,10 @@ namespace {
 // The work of a step in shares, one a thread.
 class Shares {
  public:
-  Shares(const std::vector<Job>& jobs, int threads, bool writes, bool backwards = false)
+  // overlaps: null if nothing is written.
+  Shares(const std::vector<Job>& jobs, int threads, Overlaps* overlaps, bool backwards = false)
       : threads_(possible_threads(threads)), backwards_(backwards) {
-    if (writes && (threads_ > 1 || backwards_) && any_overlap(jobs)) {
+    if (overlaps && (threads_ > 1 || backwards_) && overlaps->any(jobs)) {
       threads_ = 1;
       backwards_ = false;
     }
@@ -217,7 +218,7 @@ class Shares {
 }  // namespace
 
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
-  const Shares shares(jobs, threads, /*writes=*/false);
+  const Shares shares(jobs, threads, /*overlaps=*/nullptr);
   std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
   in_parallel(shares.threads(), [&](int thread, int count) {
     shares.norms(thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
@@ -225,21 +226,21 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
   return join_all(norm, blocks);
 }
 
-void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
-  const Shares shares(jobs, threads, /*writes=*/true);
+void run_updates(const std::vector<Job>& jobs, int threads, double factor, Overlaps* overlaps) {
+  const Shares shares(jobs, threads, overlaps);
   in_parallel(shares.threads(),
               [&](int thread, int count) { shares.updates(thread, count, factor); });
 }
 
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling) {
+            const Scaling& scaling, Overlaps* overlaps) {
   if (!scaling.needs_norm()) {
     const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor);
+    run_updates(jobs, threads, factor, overlaps);
     return {0, factor, false};
   }
   // Backwards, the updates begin with the gradients that the norm has just read.
-  const Shares shares(jobs, threads, /*writes=*/true, /*backwards=*/is_large(jobs));
+  const Shares shares(jobs, threads, overlaps, /*backwards=*/is_large(jobs));
   std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
   Verdict verdict{};
   in_parallel(shares.threads(), [&](int thread, int count) {

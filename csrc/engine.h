@@ -94,13 +94,15 @@ const Rule& find_rule(const Kernels& kernels, const std::string& name, int flags
 // How many of `threads` threads are worth waking for these jobs.
 int useful_threads(const std::vector<Job>& jobs, int threads);
 
+class Overlaps;  // overlap.h
+
 // Each of these is one parallel region, and the results do not depend on the number of threads:
 // what the norm adds up over the gradients of all jobs;
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads);
 // all updates, of gradients times `factor`;
-void run_updates(const std::vector<Job>& jobs, int threads, double factor);
+void run_updates(const std::vector<Job>& jobs, int threads, double factor, Overlaps* overlaps);
 // the 2-norm, then, unless it is to be skipped, all updates.
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling);
+            const Scaling& scaling, Overlaps* overlaps);
 
 }  // namespace fusedopt

@@ -67,14 +67,18 @@ StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py:
                    const py::sequence& groups, bool may_skip, PlanMemory* spare)
     : kernels_(kernels), reader_(reader), state_(state), may_skip_(may_skip), spare_(spare) {
   for (const py::handle group : groups) groups_.emplace_back(group);
-  entries_.swap(spare->entries);
-  jobs_.swap(spare->jobs);
+  swap_with(spare);
 }
 
 StepPlan::~StepPlan() {
   entries_.clear();
-  entries_.swap(spare_->entries);
-  jobs_.swap(spare_->jobs);
+  swap_with(spare_);
+}
+
+void StepPlan::swap_with(PlanMemory* memory) {
+  entries_.swap(memory->entries);
+  jobs_.swap(memory->jobs);
+  std::swap(overlaps_, memory->overlaps);
 }
 
 // From Python.

@@ -7,6 +7,7 @@
 
 #include "cuda_run.h"
 #include "jobs.h"
+#include "overlap.h"
 
 namespace fusedopt {
 
@@ -64,11 +65,13 @@ struct Entry {
   Record records[kMaxStreams] = {}, step_record = nullptr;
 };
 
-// What a plan fills, kept from step to step for its capacity alone. Jobs of the step before are
-// still in it, and are overwritten unread: to make them all anew would be one more pass.
+// What a plan fills, kept from step to step: entries and jobs for their capacity alone. Jobs of the
+// step before are still in it, and are overwritten unread: to make them all anew would be one more
+// pass.
 struct PlanMemory {
   std::vector<Entry> entries;
   std::vector<Job> jobs;
+  Overlaps overlaps;
 };
 
 PyObject* step_key();  // of a state
@@ -100,6 +103,7 @@ class StepPlan {
   void advance() const;  // counts, and versions
 
   const std::vector<Job>& jobs() const { return jobs_; }
+  Overlaps* overlaps() { return &overlaps_; }
   bool lacks_states() const { return !incomplete_.empty(); }
 
   // ---- of steps with parameters on devices
@@ -122,6 +126,7 @@ class StepPlan {
   std::vector<Job> jobs_of_norm() const;  // on the CPU
 
  private:
+  void swap_with(PlanMemory* memory);
   bool may_be_usual() const;
   double likely_t() const;
   void expect_scalars();
@@ -154,7 +159,8 @@ class StepPlan {
   std::atomic<size_t> ready_{0};  // usual entries that have their scalars
   std::deque<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<Job> jobs_;            // one an entry
+  std::vector<Job> jobs_;  // one an entry
+  Overlaps overlaps_;
   std::vector<size_t> incomplete_;   // entries that lack some state
   std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
   Held held_;

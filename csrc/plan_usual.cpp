@@ -112,11 +112,13 @@ bool StepPlan::read_usual(Entry* entry, Job* job) {
   return true;
 }
 
-// Reading waits for memory, so what is to be read is asked for ahead: a record, and, once those of
-// the parameters are here, their gradients'.
-static void ask_for(Record record) {
-  constexpr int kBytes = 192;
-  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(static_cast<char*>(record) + at);
+// Calls f(record) for all that are known.
+template <class F>
+static void for_each_record(const Entry& entry, F f) {
+  for (const Record record : entry.records) {
+    if (record) f(record);
+  }
+  if (entry.step_record) f(entry.step_record);
 }
 
 void StepPlan::collect_usual(int threads) {
@@ -147,16 +149,14 @@ void StepPlan::collect_usual(int threads) {
         if (entries[i].usual) f(entries[i], jobs_[i]);
       }
     };
-    for_usual([](Entry& entry, Job&) {
-      ask_for(entry.records[kParam]);
-      for (size_t s = 0; s < entry.group->rule_states(); ++s) {
-        ask_for(entry.records[kFirstState + s]);
-      }
-      if (entry.group->counts_steps) ask_for(entry.step_record);
+    const TorchAbi& abi = reader_.abi();
+    for_usual([&](Entry& entry, Job&) { for_each_record(entry, TorchAbi::ask_for); });
+    for_usual([&](Entry& entry, Job&) {
+      entry.records[kGrad] = abi.grad(entry.records[kParam]);
+      if (entry.records[kGrad]) abi.ask_for(entry.records[kGrad]);
     });
     for_usual([&](Entry& entry, Job&) {
-      entry.records[kGrad] = reader_.abi().grad(entry.records[kParam]);
-      if (entry.records[kGrad]) ask_for(entry.records[kGrad]);
+      for_each_record(entry, [&](Record record) { abi.ask_for_storage(record); });
     });
     size_t ready = 0;
     for_usual([&](Entry& entry, Job& job) {

@@ -109,7 +109,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   {
     std::optional<py::gil_scoped_release> unlocked;
     if (plan.holds()) unlocked.emplace();
-    const Verdict last = run(kernels_, plan.jobs(), threads, scaling);
+    const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.overlaps());
     if (scaling.needs_norm()) verdict = last;
   }
   if (!verdict.skipped) plan.advance();
@@ -190,13 +190,13 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   plan->create_missing_states();
   plan->move_counts();
   for (const DeviceQueue& queue : queues) {
-    const bool in_order = any_overlap(plan->jobs_on(queue.device()));
+    const bool in_order = Overlaps().any(plan->jobs_on(queue.device()));
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
   }
   if (!host_jobs.empty()) {
     py::gil_scoped_release unlocked;
-    run_updates(plan->jobs_on(kHost), threads, factor);
+    run_updates(plan->jobs_on(kHost), threads, factor, plan->overlaps());
   }
   plan->advance();
   return py::make_tuple(norm, skipped);

@@ -45,6 +45,8 @@ class Engine {
 
   const char* isa() const { return kernels_.isa; }
   bool fast_gather() const { return reader_.fast(); }
+  // Whether a profiler may want to know of a step on this thread.
+  bool is_observed() const { return !reader_.fast() || reader_.abi().is_observed(); }
   const Kernels& kernels() const { return kernels_; }
   bool emulated() const { return reader_.emulated(); }
   bool has_kernels(int device) const { return reader_.has_kernels(device); }

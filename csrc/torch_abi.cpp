@@ -5,6 +5,8 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
@@ -62,8 +64,10 @@ bool TorchAbi::find_functions() {
   find_symbol("_ZN2at4impl19tensor_has_dispatchERKNS_6TensorE", &has_dispatch_);
   // at::native::is_neg(const at::Tensor&),
   find_symbol("_ZN2at6native6is_negERKNS_6TensorE", &is_neg_);
-  // c10::TensorImpl::grad() const.
+  // c10::TensorImpl::grad() const,
   find_symbol("_ZNK3c1010TensorImpl4gradEv", &grad_);
+  // at::hasCallbacks().
+  find_symbol("_ZN2at12hasCallbacksEv", &has_callbacks_);
   find_number("layout_strided", &strided_);
   find_number("device_type_cpu", &cpu_);
   find_number("device_type_cuda", &cuda_);
@@ -79,23 +83,44 @@ bool TorchAbi::find_functions() { return false; }
 
 #endif
 
-// Where the objects of these tensors hold what torch gives as their `_cdata`.
-bool TorchAbi::find_offset(const py::list& tensors) {
-  const auto base = py::module_::import("torch").attr("_C").attr("TensorBase");
-  const auto size = py::cast<ptrdiff_t>(base.attr("__basicsize__"));
+template <class T>
+static T word_at(const void* memory, ptrdiff_t offset) {
+  T word;
+  std::memcpy(&word, static_cast<const char*>(memory) + offset, sizeof(word));
+  return word;
+}
+
+// At which offset, below size, each of these addresses has what torch gives as the `_cdata` of the
+// object beside it; 0 if there is none, or more than one.
+using Described = std::vector<std::pair<const void*, py::object>>;
+static ptrdiff_t find_offset(const Described& all, ptrdiff_t size) {
   constexpr ptrdiff_t kWord = sizeof(uintptr_t);
-  int found = 0;
-  for (ptrdiff_t offset = sizeof(PyObject); offset + kWord <= size; offset += kWord) {
-    const bool everywhere = std::all_of(tensors.begin(), tensors.end(), [&](py::handle tensor) {
-      uintptr_t word;
-      std::memcpy(&word, reinterpret_cast<char*>(tensor.ptr()) + offset, sizeof(word));
-      return word == py::cast<uintptr_t>(tensor.attr("_cdata"));
+  ptrdiff_t found = 0;
+  for (ptrdiff_t offset = kWord; offset + kWord <= size; offset += kWord) {
+    const bool everywhere = std::all_of(all.begin(), all.end(), [&](const auto& each) {
+      return word_at<uintptr_t>(each.first, offset) ==
+             py::cast<uintptr_t>(each.second.attr("_cdata"));
     });
-    if (!everywhere) continue;
-    offset_ = offset;
-    ++found;
+    if (everywhere && found) return 0;
+    if (everywhere) found = offset;
   }
-  return found == 1;
+  return found;
+}
+
+bool TorchAbi::find_offsets(const py::list& tensors) {
+  const auto base = py::module_::import("torch").attr("_C").attr("TensorBase");
+  Described objects, records;
+  for (const py::handle tensor : tensors) {
+    objects.emplace_back(tensor.ptr(), py::reinterpret_borrow<py::object>(tensor));
+  }
+  record_offset_ = find_offset(objects, py::cast<ptrdiff_t>(base.attr("__basicsize__")));
+  if (!record_offset_) return false;
+  for (const py::handle tensor : tensors) {
+    records.emplace_back(record(tensor.ptr()), tensor.attr("untyped_storage")());
+  }
+  constexpr ptrdiff_t kRecordBytes = 64;  // and more
+  storage_offset_ = find_offset(records, kRecordBytes);
+  return true;
 }
 
 // Whether what is read of a tensor, and done to it, is what Python says.
@@ -146,7 +171,7 @@ std::optional<TorchAbi> TorchAbi::find() try {
                    : i == 1 ? torch.attr("nn").attr("Parameter")(tensor)
                             : tensor);
   }
-  if (!abi.find_offset(tensors)) return {};
+  if (!abi.find_offsets(tensors)) return {};
   const Record parameter = abi.record(tensors[1].ptr());
   abi.undefined_ = *abi.grad_(parameter);
   tensors[1].attr("grad") = tensors[1].attr("detach")();
@@ -165,10 +190,17 @@ std::optional<TorchAbi> TorchAbi::find() try {
   return {};
 }
 
-Record TorchAbi::record(PyObject* object) const {
-  Record record;
-  std::memcpy(&record, reinterpret_cast<char*>(object) + offset_, sizeof(record));
-  return record;
+Record TorchAbi::record(PyObject* object) const { return word_at<Record>(object, record_offset_); }
+
+void TorchAbi::ask_for(Record record) {
+  constexpr int kBytes = 192;
+  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(static_cast<char*>(record) + at);
+}
+
+void TorchAbi::ask_for_storage(Record record) const {
+  constexpr int kBytes = 128;
+  const char* const storage = word_at<const char*>(record, storage_offset_);
+  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(storage + at);
 }
 
 bool TorchAbi::read(Record record, RawTensor* tensor) const {

@@ -47,6 +47,11 @@ class TorchAbi {
   // Null if there is none.
   Record grad(Record record) const;
 
+  // Reading waits for memory. These ask for it ahead: for a record, and, once that is here, for
+  // what it says of the memory that the tensor shares with others.
+  static void ask_for(Record record);
+  void ask_for_storage(Record record) const;
+
   // Keeps a tensor's memory until it is released.
   struct Release {
     int (*function)(void*);
@@ -55,6 +60,9 @@ class TorchAbi {
   using Hold = std::unique_ptr<void, Release>;
   Hold hold(Record record) const;
 
+  // Whether a profiler, or anyone else, wants to know what torch does on this thread.
+  bool is_observed() const { return has_callbacks_(); }
+
   // Tells autograd that a tensor has changed, as torch.autograd.graph.increment_version does.
   void bump_version(Record record) const;
 
@@ -62,10 +70,11 @@ class TorchAbi {
   // A handle is the address of an at::Tensor, which is one pointer to a record.
   using Handle = const Record*;
   bool find_functions();
-  bool find_offset(const py::list& tensors);
+  bool find_offsets(const py::list& tensors);
   bool agrees_on(py::handle tensor, RawTensor::Type type) const;
 
-  ptrdiff_t offset_ = 0;
+  ptrdiff_t record_offset_ = 0;   // in the object of a tensor
+  ptrdiff_t storage_offset_ = 0;  // in a record; 0, where there is something else, if unknown
   // Each returns 0, or an error code.
   int (*get_layout_)(Handle, int32_t*);
   int (*get_device_type_)(Handle, int32_t*);
@@ -81,6 +90,7 @@ class TorchAbi {
   bool (*has_dispatch_)(Handle);
   bool (*is_neg_)(Handle);
   Handle (*grad_)(Record);
+  bool (*has_callbacks_)();
   Record undefined_;  // of no tensor
   // Torch's numbers for what is supported.
   int32_t strided_, cpu_, cuda_, dtypes_[RawTensor::i64 + 1];

@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 import fusedopt
 from tests.helpers import (
@@ -250,6 +252,42 @@ def test_hooks_fire_once(config: Config, falls_back: bool) -> None:
     for hook in everywhere:
         hook.remove()
     assert fired == ["global pre", "pre", "post", "global post"]
+
+
+HOOKS: dict[str, Callable[[Optimizer], Callable[..., RemovableHandle]]] = {
+    "global pre": lambda _: register_optimizer_step_pre_hook,
+    "pre": lambda optimizer: optimizer.register_step_pre_hook,
+    "post": lambda optimizer: optimizer.register_step_post_hook,
+    "global post": lambda _: register_optimizer_step_post_hook,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_alone_fires_from_when_it_is_there(kind: str) -> None:
+    params = parameters()
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 1)
+    fired: list[Optimizer] = []
+    handle = HOOKS[kind](optimizer)(lambda *args: fired.append(args[0]))
+    train(optimizer, params, 1)
+    handle.remove()
+    train(optimizer, params, 1)
+    assert fired == [optimizer]
+
+
+@pytest.mark.parametrize("kind", ["post", "global post"])
+def test_a_hook_that_a_closure_adds_fires_after_it(kind: str) -> None:
+    optimizer = fusedopt.SGD(parameters(), lr=0.1)
+    fired: list[Optimizer] = []
+    handles: list[RemovableHandle] = []
+
+    def closure() -> float:
+        handles.append(HOOKS[kind](optimizer)(lambda *args: fired.append(args[0])))
+        return 0.0
+
+    optimizer.step(closure)
+    handles[0].remove()
+    assert fired == [optimizer]
 
 
 # ---- State ---------------------------------------------------------------------------------------
@@ -642,6 +680,29 @@ def test_the_profiler_sees_the_step(config: Config) -> None:
     assert f"Optimizer.step#{config.name}.step" in {event.name for event in profile.function_events}
 
 
+def test_an_execution_trace_sees_the_step(tmp_path: Path) -> None:
+    """Which is no profiler, and on all threads."""
+    params = parameters()
+    optimizer = fusedopt.AdamW(params)
+    observer = torch.profiler.ExecutionTraceObserver()
+    observer.register_callback(str(tmp_path / "trace.json"))
+    observer.start()
+    train(optimizer, params, 1)
+    observer.stop()
+    observer.unregister_callback()
+    assert "Optimizer.step#AdamW.step" in (tmp_path / "trace.json").read_text()
+
+
+def test_a_step_that_nobody_watches_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 50 us when what that needs is not in cache."""
+    params = parameters()
+    optimizer = fusedopt.AdamW(params)
+    monkeypatch.delattr(torch.autograd.profiler, "record_function")
+    train(optimizer, params, 1)
+    with torch.autograd.profiler.profile(), pytest.raises(AttributeError, match="record_function"):
+        train(optimizer, params, 1)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -848,15 +909,41 @@ OVERLAPS: dict[str, Callable[[Tensor], list[Tensor]]] = {
 def test_one_storage_seen_through_several_parameters(
     config: Config, overlap: str, two_threads: None
 ) -> None:
-    """Updated one after the other, as torch does; large enough for several threads."""
+    """Updated one after the other, as torch does; large enough for threads to meet in it."""
 
     def trained(make: Callable[..., Optimizer]) -> Optimizer:
-        params = [Parameter(view) for view in OVERLAPS[overlap](values((60_000,), 0))]
+        params = [Parameter(view) for view in OVERLAPS[overlap](values((600_000,), 0))]
         optimizer = make(params, **config.kwargs)
         train(optimizer, params, 2)
         return optimizer
 
     assert_same_state(trained(config.cls), trained(oracle(config)), assert_within)
+
+
+@pytest.mark.cpu_only("torch steps parameters on devices in any order")
+@pytest.mark.parametrize("attribute", ["grad", "data"])
+@each_optimizer
+def test_memory_that_is_shared_for_some_steps(
+    config: Config, attribute: str, two_threads: None
+) -> None:
+    """Nothing is in the steps before, nor in those after. One thread keeps the order anyway."""
+
+    def trained(threads: int) -> Optimizer:
+        torch.set_num_threads(threads)
+        # Of two threads, the second would begin with the third parameter.
+        params = parameters([(300_000,), (600_000,), (400_000,), (500_000,)])
+        optimizer = config.cls(params, **config.kwargs)
+        train(optimizer, params, 2)
+        apart = params[2].data
+        for _ in range(2):
+            set_gradients(params, 3)
+            setattr(params[2], attribute, params[1].detach()[:400_000])
+            optimizer.step()
+        params[2].data = apart
+        train(optimizer, params, 2)
+        return optimizer
+
+    assert_same_state(trained(2), trained(1), assert_same_bits)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fusedopt import _engine, _norms, clip
 from fusedopt._clipping import Clips, Pending
-from fusedopt._engine import Group, Scaling, hide_step_from_dynamo, number, on_device
+from fusedopt._engine import Group, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
+from fusedopt._hooked import Hooked
 
 # What an optimizer keeps besides its state, where a pickle has it, and what it is where it has not.
 _KEPT = {"max_grad_norm": None, "skip_nonfinite": False, "amp_scaling": False, "_skipped_steps": 0}
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
     amp_scaling: bool
 
 
-class Fused(Clips, FallsBack):
+class Fused(Clips, FallsBack, Hooked):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
@@ -183,10 +184,6 @@ class Fused(Clips, FallsBack):
             lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
             lambda gradients: _norms.power_sum(gradients, 2),
         )
-
-    def _patch_step_function(self) -> None:
-        super()._patch_step_function()
-        hide_step_from_dynamo(type(self))
 
     # ---- groups, states, checkpoints ---------------------------------------------------------
 

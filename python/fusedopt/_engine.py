@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,6 @@ def on_device(x: object) -> bool:
 def number_or_device(x: float | Tensor) -> float | Tensor:
     """Return a number, or a tensor on a device as float64: nobody waits for that."""
     return x.detach().double() if isinstance(x, Tensor) and on_device(x) else number(x)
-
-
-def hide_step_from_dynamo(cls: type[Any]) -> None:
-    """Hide the step of a class whose step torch has hooked, hooks and all: they warn, too."""
-    if not getattr(cls.step, "hidden_from_dynamo", False):
-        cls.step = not_compiled(cls.step)
-        cls.step.hidden_from_dynamo = True
 
 
 class Group(NamedTuple):

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from fusedopt import _engine
 from fusedopt._base import SLOW, Fused
 from fusedopt._clipping import found_inf
-from fusedopt._engine import hide_step_from_dynamo
+from fusedopt._hooked import Hooked
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}
 
 
-class Lookahead(Optimizer):
+class Lookahead(Hooked):
     r"""Lookahead around any optimizer of fusedopt or torch: k steps forward, one step back.
 
     .. math::
@@ -116,10 +116,6 @@ class Lookahead(Optimizer):
         return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     # ---- the step ------------------------------------------------------------------------------
-
-    def _patch_step_function(self) -> None:
-        super()._patch_step_function()
-        hide_step_from_dynamo(type(self))
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Step the wrapped optimizer; if that was the k-th step, move the slow weights.
