@@ -57,9 +57,13 @@ bool Overlaps::has_seen(const std::vector<Job>& jobs) {
 }
 
 void Overlaps::sort_written(const std::vector<Job>& jobs) {
+  apart_ = false;  // whatever fails below
   std::vector<Extent> lists[kLists];
   for (const Job& job : jobs) {
-    for_each_written(job, [&](int list, const Extent& e) { lists[list].push_back(e); });
+    for_each_written(job, [&](int list, const Extent& e) {
+      if (lists[list].empty()) lists[list].reserve(jobs.size());
+      lists[list].push_back(e);
+    });
   }
   sorted_.clear();
   for (std::vector<Extent>& list : lists) {
@@ -70,15 +74,16 @@ void Overlaps::sort_written(const std::vector<Job>& jobs) {
   // Allocators leave some bytes between what they hand out.
   constexpr ptrdiff_t kClose = 64;
   runs_.clear();
-  apart_ = true;
+  bool apart = true;
   for (const Extent& e : sorted_) {
     if (!runs_.empty() && e.begin <= runs_.back().end + kClose) {
-      apart_ = apart_ && e.begin >= runs_.back().end;
+      apart = apart && e.begin >= runs_.back().end;
       runs_.back().end = std::max(runs_.back().end, e.end);
     } else {
       runs_.push_back(e);
     }
   }
+  apart_ = apart;
 }
 
 // Whether one of these extents, which are in order and apart, overlaps e.

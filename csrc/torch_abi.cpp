@@ -37,8 +37,8 @@ bool TorchAbi::find_functions() {
   bool all = true;
   const auto find_symbol = [&](const char* name, auto* function) {
     void* const symbol = dlsym(library, name);
-    all = all && symbol;
     std::memcpy(function, &symbol, sizeof(symbol));
+    all = all && symbol;
   };
   const auto find = [&](const std::string& name, auto* function) {
     find_symbol(("aoti_torch_" + name).c_str(), function);
@@ -64,17 +64,18 @@ bool TorchAbi::find_functions() {
   find_symbol("_ZN2at4impl19tensor_has_dispatchERKNS_6TensorE", &has_dispatch_);
   // at::native::is_neg(const at::Tensor&),
   find_symbol("_ZN2at6native6is_negERKNS_6TensorE", &is_neg_);
-  // c10::TensorImpl::grad() const,
+  // c10::TensorImpl::grad() const.
   find_symbol("_ZNK3c1010TensorImpl4gradEv", &grad_);
-  // at::hasCallbacks().
-  find_symbol("_ZN2at12hasCallbacksEv", &has_callbacks_);
   find_number("layout_strided", &strided_);
   find_number("device_type_cpu", &cpu_);
   find_number("device_type_cuda", &cuda_);
   for (int i = 0; i <= RawTensor::i64; ++i) {
     find_number(std::string("dtype_") + kDtypes[i], &dtypes_[i]);
   }
-  return all;
+  const bool enough = all;
+  // at::hasCallbacks().
+  find_symbol("_ZN2at12hasCallbacksEv", &has_callbacks_);
+  return enough;
 }
 
 #else
@@ -199,8 +200,10 @@ void TorchAbi::ask_for(Record record) {
 
 void TorchAbi::ask_for_storage(Record record) const {
   constexpr int kBytes = 128;
-  const char* const storage = word_at<const char*>(record, storage_offset_);
-  for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(storage + at);
+  const auto storage = word_at<uintptr_t>(record, storage_offset_);
+  for (int at = 0; at < kBytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(storage + at));  // which may be null
+  }
 }
 
 bool TorchAbi::read(Record record, RawTensor* tensor) const {

@@ -50,7 +50,7 @@ class TorchAbi {
   // Reading waits for memory. These ask for it ahead: for a record, and, once that is here, for
   // what it says of the memory that the tensor shares with others.
   static void ask_for(Record record);
-  void ask_for_storage(Record record) const;
+  void ask_for_storage(Record record) const;  // of a tensor that lives
 
   // Keeps a tensor's memory until it is released.
   struct Release {
@@ -61,7 +61,7 @@ class TorchAbi {
   Hold hold(Record record) const;
 
   // Whether a profiler, or anyone else, wants to know what torch does on this thread.
-  bool is_observed() const { return has_callbacks_(); }
+  bool is_observed() const { return !has_callbacks_ || has_callbacks_(); }
 
   // Tells autograd that a tensor has changed, as torch.autograd.graph.increment_version does.
   void bump_version(Record record) const;
@@ -90,7 +90,7 @@ class TorchAbi {
   bool (*has_dispatch_)(Handle);
   bool (*is_neg_)(Handle);
   Handle (*grad_)(Record);
-  bool (*has_callbacks_)();
+  bool (*has_callbacks_)() = nullptr;  // unless this torch has it
   Record undefined_;  // of no tensor
   // Torch's numbers for what is supported.
   int32_t strided_, cpu_, cuda_, dtypes_[RawTensor::i64 + 1];

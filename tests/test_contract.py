@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 import fusedopt
+from fusedopt import _engine
 from tests.helpers import (
     assert_same_bits,
     assert_same_state,
@@ -680,6 +681,18 @@ def test_the_profiler_sees_the_step(config: Config) -> None:
     assert f"Optimizer.step#{config.name}.step" in {event.name for event in profile.function_events}
 
 
+def test_profilers_of_python_find_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a method that does nothing, called between the update and the hooks."""
+    params = parameters()
+    optimizer = fusedopt.AdamW(params)
+    called: list[str] = []
+    monkeypatch.setattr(Optimizer, "_optimizer_step_code", lambda _: called.append("code"))
+    train(optimizer, params, 1)
+    optimizer.register_step_post_hook(lambda *_: called.append("hook"))
+    train(optimizer, params, 1)
+    assert called == ["code", "code", "hook"]
+
+
 def test_an_execution_trace_sees_the_step(tmp_path: Path) -> None:
     """Which is no profiler, and on all threads."""
     params = parameters()
@@ -693,10 +706,15 @@ def test_an_execution_trace_sees_the_step(tmp_path: Path) -> None:
     assert "Optimizer.step#AdamW.step" in (tmp_path / "trace.json").read_text()
 
 
-def test_a_step_that_nobody_watches_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.cpu_only("with CUDA, all steps are recorded")
+@pytest.mark.skipif(not _engine.engine.fast_gather, reason="nobody knows whether somebody watches")
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, fusedopt.Lookahead])
+def test_a_step_that_nobody_watches_is_not_recorded(
+    wrap: Callable[[Optimizer], Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes 50 us when what that needs is not in cache."""
     params = parameters()
-    optimizer = fusedopt.AdamW(params)
+    optimizer = wrap(fusedopt.AdamW(params))
     monkeypatch.delattr(torch.autograd.profiler, "record_function")
     train(optimizer, params, 1)
     with torch.autograd.profiler.profile(), pytest.raises(AttributeError, match="record_function"):

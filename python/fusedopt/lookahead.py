@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,10 +127,11 @@ class Lookahead(Hooked):
         Returns:
             What the wrapped optimizer's step returned.
         """
+        step = partial(self.optimizer.step, closure) if closure else self.optimizer.step
         if isinstance(self.optimizer, Fused):
             self.optimizer._lookahead = self
             try:
-                loss = self.optimizer.step(closure)
+                loss = step()
             finally:
                 self.optimizer._lookahead = None
             skipped = self.optimizer._skipped
@@ -138,7 +140,7 @@ class Lookahead(Hooked):
             # A closure is yet to compute the gradients.
             stepped = params if closure else [p for p in params if p.grad is not None]
             with self.following(stepped):
-                loss = self.optimizer.step(closure) if closure else self.optimizer.step()
+                loss = step()
                 skipped = found_inf(self.optimizer)
         if not skipped:
             for group in self.param_groups:
