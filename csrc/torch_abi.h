@@ -91,7 +91,7 @@ class TorchAbi {
   bool (*is_neg_)(Handle);
   Handle (*grad_)(Record);
   bool (*has_callbacks_)() = nullptr;  // unless this torch has it
-  Record undefined_;  // of no tensor
+  Record undefined_;                   // of no tensor
   // Torch's numbers for what is supported.
   int32_t strided_, cpu_, cuda_, dtypes_[RawTensor::i64 + 1];
 };
