@@ -96,7 +96,8 @@ int useful_threads(const std::vector<Job>& jobs, int threads);
 
 class Overlaps;  // overlap.h
 
-// Each of these is one parallel region, and the results do not depend on the number of threads:
+// Each of these is one parallel region, and the results do not depend on the number of threads.
+// `overlaps`, never null, remembers from call to call where jobs share no memory:
 // what the norm adds up over the gradients of all jobs;
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads);
 // all updates, of gradients times `factor`;

@@ -36,14 +36,14 @@ class Hooked(Optimizer):
         return step
 
     def _is_watched(self) -> bool:
-        # (Torch's monitor of CUDA asks for no callback.)
+        # With CUDA, always: torch's monitor of it asks for no callback.
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _engine.engine.is_observed()
-            or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no types here
         )
 
     def _patch_step_function(self) -> None:
