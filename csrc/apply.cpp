@@ -4,7 +4,6 @@
 
 #include "cuda_step.h"
 #include "jobs.h"
-#include "overlap.h"
 #include "step.h"
 
 namespace fusedopt {
@@ -38,7 +37,7 @@ py::tuple Engine::norm(const py::sequence& tensors, double order, int threads) c
   double sum;
   {
     py::gil_scoped_release unlocked;
-    sum = run_norm(kernels_, norm, jobs, useful_threads(jobs, threads));
+    sum = run_norm(kernels_, norm, jobs, threads);
   }
   return py::make_tuple(sum, sums, others);
 }
@@ -76,8 +75,7 @@ py::list Engine::apply(const std::string& rule_name, const std::vector<double>& 
   }
   {
     py::gil_scoped_release unlocked;
-    Overlaps overlaps;
-    run_updates(jobs, useful_threads(jobs, threads), 1, &overlaps);
+    run_updates(jobs, threads, 1);
   }
   return others;
 }
@@ -115,8 +113,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     return;
   }
   py::gil_scoped_release unlocked;
-  Overlaps overlaps;
-  run_updates(jobs, threads, 1, &overlaps);
+  run_updates(jobs, threads, 1);
 }
 
 }  // namespace fusedopt

@@ -188,9 +188,6 @@ void update(const double* scalars, double grad_scale, const Stream* streams, int
 
 // ---- norms --------------------------------------------------------------------------------------
 
-// One stream alone is read faster if it is asked for farther ahead, into the second-level cache.
-constexpr int64_t kNormPrefetchBytes = 8192;
-
 // Element i of a block is added to lane i % kNormLanes, whatever a register holds.
 constexpr int kNormLanes = 16;
 
@@ -224,10 +221,9 @@ double norm_block(const T* x, int64_t n, const void* next) {
       add(x + i);
     }
   };
-  const auto bytes = static_cast<uintptr_t>(n) * sizeof(T);
   add_until(n - kNormPrefetchBytes / int64_t{sizeof(T)},
             reinterpret_cast<uintptr_t>(x) + kNormPrefetchBytes);
-  add_until(n, reinterpret_cast<uintptr_t>(next) + kNormPrefetchBytes - bytes);
+  add_until(n, reinterpret_cast<uintptr_t>(next) - static_cast<uintptr_t>(i) * sizeof(T));
   T padded[kNormLanes] = {};
   std::memcpy(padded, x + i, static_cast<size_t>(n - i) * sizeof(T));
   add(padded);

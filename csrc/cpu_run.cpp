@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "chunk.h"
 #include "engine.h"
-#include "overlap.h"
 #include "parallel.h"
+#include "schedule.h"
+#include "walk.h"
 
 namespace fusedopt {
 
@@ -118,32 +118,16 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
-// Asks for the beginning of streams [from, to) of a piece, as far as the kernel does not that runs
-// on the piece before: it is too short, or knows nothing of what comes next.
-static void prefetch(const Piece& piece, const Piece& before, int from, int to) {
+// Asks for the beginning of a piece, as far as the kernel does not that runs on the piece before:
+// it is too short, or knows nothing of what comes next.
+static void prefetch(const Piece& piece, const Piece& before) {
   if (piece.job->layout) return;  // its elements lie elsewhere
-  for (int s = from; s < to; ++s) {
+  for (int s = 0; s < piece.job->stream_count; ++s) {
     const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
     const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
     const char* const begin = begin_of(piece, s);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
   }
-}
-
-// ---- all pieces ---------------------------------------------------------------------------------
-
-static bool is_large(const std::vector<Job>& jobs) {
-  // Waking the other threads takes a few microseconds, the time of about this many bytes;
-  constexpr int64_t kSmallBytes = 128 * 1024;
-  // and to make sure that jobs do not overlap, the time of about this many a job.
-  constexpr int64_t kSmallBytesOfJob = 2 * 1024;
-  int64_t left = -kSmallBytes;
-  for (const Job& job : jobs) left += job.numel * job.bytes_per_element - kSmallBytesOfJob;
-  return left > 0;
-}
-
-int useful_threads(const std::vector<Job>& jobs, int threads) {
-  return is_large(jobs) ? threads : 1;
 }
 
 // ---- joining the blocks of a norm ---------------------------------------------------------------
@@ -164,89 +148,73 @@ static double join_all(Norm norm, const std::vector<double>& blocks) {
   return lanes[0];
 }
 
-namespace {
+// ---- all pieces ---------------------------------------------------------------------------------
 
-// The work of a step in shares, one a thread.
-class Shares {
- public:
-  // overlaps: null if nothing is written.
-  Shares(const std::vector<Job>& jobs, int threads, Overlaps* overlaps, bool backwards = false)
-      : threads_(possible_threads(threads)), backwards_(backwards) {
-    if (overlaps && (threads_ > 1 || backwards_) && overlaps->any(jobs)) {
-      threads_ = 1;
-      backwards_ = false;
+static void norms(const Schedule& schedule, int thread, int threads, NormBlocks norm,
+                  double* blocks) {
+  schedule.for_each_share(thread, threads, [&](const Piece* begin, const Piece* end) {
+    const auto bytes = [](const Piece& piece) { return piece.count * item_size(piece, kGrad); };
+    const Piece* ahead = begin;  // by `distance` of the piece that is read
+    int64_t distance = 0;
+    for (const Piece* piece = begin; piece != end; ++piece) {
+      while (ahead != end && distance < kNormPrefetchBytes) distance += bytes(*ahead++);
+      norm_piece(norm, *piece, ahead != end ? *ahead : *piece, blocks);
+      distance -= bytes(*piece);
     }
-    cut_ = cut(jobs, threads_);
-  }
+  });
+}
 
-  int threads() const { return threads_; }
-  int64_t blocks() const { return cut_.blocks; }
-
-  void norms(int thread, int threads, NormBlocks norm, double* blocks) const {
-    for_each_piece(thread, threads, false, [&](const Piece& piece, const Piece& next) {
-      prefetch(next, piece, kGrad, kGrad + 1);
-      norm_piece(norm, piece, next, blocks);
-    });
-  }
-  void updates(int thread, int threads, double factor) const {
-    for_each_piece(thread, threads, backwards_, [&](const Piece& piece, const Piece& next) {
-      prefetch(next, piece, 0, next.job->stream_count);
+static void updates(const Schedule& schedule, int thread, int threads, double factor) {
+  schedule.for_each_share(thread, threads, [&](const Piece* begin, const Piece* end) {
+    const ptrdiff_t count = end - begin;
+    const auto number = [&](ptrdiff_t i) -> const Piece& {
+      return begin[schedule.backwards() ? count - 1 - i : i];
+    };
+    for (ptrdiff_t i = 0; i < count; ++i) {
+      const Piece& piece = number(i);
+      const Piece& next = i + 1 < count ? number(i + 1) : piece;
+      prefetch(next, piece);
       update_piece(piece, next, factor);
-    });
-  }
-
- private:
-  // Calls f(piece, the one after it, or the last one again).
-  template <class F>
-  void for_each_piece(int thread, int threads, bool backwards, F f) const {
-    for (int share = thread; share < threads_; share += threads) {
-      const Piece* const begin = cut_.pieces.data() + cut_.begin[share];
-      const auto count = static_cast<ptrdiff_t>(cut_.begin[share + 1] - cut_.begin[share]);
-      for (ptrdiff_t i = 0; i < count; ++i) {
-        const ptrdiff_t at = backwards ? count - 1 - i : i;
-        const ptrdiff_t next = backwards ? at - 1 : at + 1;
-        f(begin[at], begin[i + 1 < count ? next : at]);
-      }
     }
-  }
-
-  int threads_;
-  bool backwards_;
-  Cut cut_;
-};
-
-}  // namespace
+  });
+}
 
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
-  const Shares shares(jobs, threads, /*overlaps=*/nullptr);
-  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
-  in_parallel(shares.threads(), [&](int thread, int count) {
-    shares.norms(thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
+  Schedule schedule;
+  schedule.make(jobs, threads, Schedule::kNorm);
+  std::vector<double> blocks(static_cast<size_t>(schedule.blocks()));
+  in_parallel(schedule.threads(), [&](int thread, int count) {
+    norms(schedule, thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
   });
   return join_all(norm, blocks);
 }
 
-void run_updates(const std::vector<Job>& jobs, int threads, double factor, Overlaps* overlaps) {
-  const Shares shares(jobs, threads, overlaps);
-  in_parallel(shares.threads(),
-              [&](int thread, int count) { shares.updates(thread, count, factor); });
+static void run_updates(const std::vector<Job>& jobs, int threads, double factor,
+                        Schedule* schedule) {
+  schedule->make(jobs, threads, Schedule::kUpdates);
+  in_parallel(schedule->threads(),
+              [&](int thread, int count) { updates(*schedule, thread, count, factor); });
+}
+
+void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
+  Schedule schedule;
+  run_updates(jobs, threads, factor, &schedule);
 }
 
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling, Overlaps* overlaps) {
+            const Scaling& scaling, Schedule* schedule) {
   if (!scaling.needs_norm()) {
     const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor, overlaps);
+    run_updates(jobs, threads, factor, schedule);
     return {0, factor, false};
   }
-  // Backwards, the updates begin with the gradients that the norm has just read.
-  const Shares shares(jobs, threads, overlaps, /*backwards=*/is_large(jobs));
-  std::vector<double> blocks(static_cast<size_t>(shares.blocks()));
+  schedule->make(jobs, threads, Schedule::kNormAndUpdates);
+  std::vector<double> blocks(static_cast<size_t>(schedule->blocks()));
   Verdict verdict{};
-  in_parallel(shares.threads(), [&](int thread, int count) {
-    shares.norms(thread, count, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
+  in_parallel(schedule->threads(), [&](int thread, int count) {
+    norms(*schedule, thread, count, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
     together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
-    if (!verdict.skipped) shares.updates(thread, count, verdict.factor);
+    if (!verdict.skipped) updates(*schedule, thread, count, verdict.factor);
   });
   return verdict;
 }

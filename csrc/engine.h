@@ -33,6 +33,8 @@ using Update = void (*)(const double* scalars, double grad_scale, const Stream* 
 // How far ahead of its elements a kernel asks for memory, in each stream: with the hardware's
 // prefetching alone, a step out of cache took 13 % longer (benchmarks/NOTES.md).
 constexpr int64_t kPrefetchBytes = 2048;
+// One stream alone is read faster if it is asked for farther ahead, into the second-level cache.
+constexpr int64_t kNormPrefetchBytes = 8192;
 
 struct Rule {
   const char* name;
@@ -51,7 +53,8 @@ constexpr int64_t kNormBlock = 4096;
 constexpr int64_t kNormJoin = 256;
 
 // Writes to `blocks` what the norm adds up over each block of elements [first, first + count);
-// `next` is as for updates.
+// `next` is the first array to begin kNormPrefetchBytes behind them or more, which is asked for
+// while the last of these bytes are read; any address will do.
 using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, const void* next,
                             double* blocks);
 
@@ -91,19 +94,17 @@ const Kernels& kernels_named(const std::string& isa);
 // The named rule with these flags; std::runtime_error if there is none.
 const Rule& find_rule(const Kernels& kernels, const std::string& name, int flags);
 
-// How many of `threads` threads are worth waking for these jobs.
-int useful_threads(const std::vector<Job>& jobs, int threads);
+class Schedule;  // schedule.h
 
-class Overlaps;  // overlap.h
-
-// Each of these is one parallel region, and the results do not depend on the number of threads.
-// `overlaps`, never null, remembers from call to call where jobs share no memory:
+// Each of these is one parallel region, of at most so many threads; the results do not depend on
+// how many there are:
 // what the norm adds up over the gradients of all jobs;
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads);
 // all updates, of gradients times `factor`;
-void run_updates(const std::vector<Job>& jobs, int threads, double factor, Overlaps* overlaps);
-// the 2-norm, then, unless it is to be skipped, all updates.
+void run_updates(const std::vector<Job>& jobs, int threads, double factor);
+// the 2-norm, if that is needed, then, unless it is to be skipped, all updates. `schedule`, never
+// null, is kept from step to step.
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling, Overlaps* overlaps);
+            const Scaling& scaling, Schedule* schedule);
 
 }  // namespace fusedopt

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "chunk.h"
+#include "walk.h"
 
 namespace fusedopt {
 
@@ -119,6 +119,17 @@ void set_rule(const Rule& rule, const double* scalars, Job* job) {
 void set_norm(const View& view, Layouts* layouts, Job* job) {
   const View views[] = {view, view};
   set_streams(views, 2, layouts, job);
+}
+
+bool same_arrays(const Job& a, const Job& b) {
+  if (a.layout || b.layout || a.then || b.then || a.numel != b.numel ||
+      a.stream_count != b.stream_count) {
+    return false;
+  }
+  const auto same = [](const Stream& x, const Stream& y) {
+    return x.data == y.data && x.dtype == y.dtype;
+  };
+  return std::equal(a.streams, a.streams + a.stream_count, b.streams, same);
 }
 
 }  // namespace fusedopt

@@ -28,4 +28,7 @@ void set_rule(const Rule& rule, const double* scalars, Job* job);
 // or a gradient alone, twice: for a norm, and for a rule that writes gradients.
 void set_norm(const View& view, Layouts* layouts, Job* job);
 
+// Whether both walk the same arrays, and nothing but arrays.
+bool same_arrays(const Job& a, const Job& b);
+
 }  // namespace fusedopt

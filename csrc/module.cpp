@@ -1,8 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "chunk.h"
 #include "cuda.h"
+#include "schedule.h"
 #include "step.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"

@@ -78,7 +78,7 @@ StepPlan::~StepPlan() {
 void StepPlan::swap_with(PlanMemory* memory) {
   entries_.swap(memory->entries);
   jobs_.swap(memory->jobs);
-  std::swap(overlaps_, memory->overlaps);
+  std::swap(schedule_, memory->schedule);
 }
 
 // From Python.
@@ -164,6 +164,13 @@ void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
   set_streams(slow, 3, &layouts_, &then);
   set_rule(find_rule(kernels_, "lookahead", 0), &group.alpha, &then);
   job->then = &then;
+}
+
+int64_t StepPlan::bytes() const {
+  if (schedule_.fits) return schedule_.bytes();
+  int64_t bytes = 0;
+  for (const Job& job : jobs_) bytes += job.numel * job.bytes_per_element;
+  return bytes;
 }
 
 std::vector<Job> StepPlan::jobs_of_norm() const {

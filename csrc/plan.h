@@ -7,7 +7,7 @@
 
 #include "cuda_run.h"
 #include "jobs.h"
-#include "overlap.h"
+#include "schedule.h"
 
 namespace fusedopt {
 
@@ -65,13 +65,12 @@ struct Entry {
   Record records[kMaxStreams] = {}, step_record = nullptr;
 };
 
-// What a plan fills, kept from step to step: entries and jobs for their capacity alone. Jobs of the
-// step before are still in it, and are overwritten unread: to make them all anew would be one more
-// pass.
+// What a plan fills, kept from step to step: entries for their capacity alone, jobs also because
+// the schedule fits the next ones, too, if they lie where these do.
 struct PlanMemory {
   std::vector<Entry> entries;
   std::vector<Job> jobs;
-  Overlaps overlaps;
+  Schedule schedule;
 };
 
 PyObject* step_key();  // of a state
@@ -103,7 +102,8 @@ class StepPlan {
   void advance() const;  // counts, and versions
 
   const std::vector<Job>& jobs() const { return jobs_; }
-  Overlaps* overlaps() { return &overlaps_; }
+  int64_t bytes() const;  // that the jobs move
+  Schedule* schedule() { return &schedule_; }
   bool lacks_states() const { return !incomplete_.empty(); }
 
   // ---- of steps with parameters on devices
@@ -160,7 +160,7 @@ class StepPlan {
   std::deque<Group> groups_;
   std::vector<Entry> entries_;
   std::vector<Job> jobs_;  // one an entry
-  Overlaps overlaps_;
+  Schedule schedule_;
   std::vector<size_t> incomplete_;   // entries that lack some state
   std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
   Held held_;

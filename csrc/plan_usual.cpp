@@ -8,6 +8,7 @@
 // C++, say. Nor may they be copies that torch has yet to make, as torch._lazy_clone returns them.)
 
 #include <algorithm>
+#include <utility>
 
 #include "parallel.h"
 #include "plan.h"
@@ -128,10 +129,12 @@ void StepPlan::collect_usual(int threads) {
   size_t count = 0;
   for (const Group& group : groups_) count += group.params.size();
   entries_.reserve(count);
+  const bool fitted = std::exchange(schedule_.fits, false) && jobs_.size() == count;
   jobs_.resize(count);
   const bool look = may_be_usual();
   if (look) expect_scalars();
 
+  std::atomic<size_t> unmoved{0};
   auto group = groups_.begin();
   Py_ssize_t index = 0;
   const auto find = [&](size_t begin, size_t end) {
@@ -158,15 +161,19 @@ void StepPlan::collect_usual(int threads) {
     for_usual([&](Entry& entry, Job&) {
       for_each_record(entry, [&](Record record) { abi.ask_for_storage(record); });
     });
-    size_t ready = 0;
+    size_t ready = 0, same = 0;
     for_usual([&](Entry& entry, Job& job) {
+      const Job before = job;
       entry.usual = read_usual(&entry, &job);
       ready += entry.usual && entry.folded;
+      same += entry.usual && same_arrays(before, job);
     });
     ready_ += ready;
+    unmoved += same;
   };
   const bool many = count >= kManyOfThread * static_cast<size_t>(threads);
   in_pipeline(look && many ? threads : 1, count, find, read);
+  schedule_.fits = fitted && unmoved == count;
 }
 
 void StepPlan::hold() {

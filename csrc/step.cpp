@@ -5,7 +5,6 @@
 
 #include "cuda.h"
 #include "cuda_step.h"
-#include "overlap.h"
 #include "plan.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
@@ -34,12 +33,10 @@ Engine::~Engine() = default;
 constexpr double kNoNorm = std::numeric_limits<double>::quiet_NaN();  // nothing asked for it
 
 // Whether other threads of Python would notice that they wait for the GIL: it changes hands every 5
-// ms, in which these kernels are done.
-static bool take_long(const std::vector<Job>& jobs) {
+// ms, in which smaller steps are done.
+static bool takes_long(const StepPlan& plan) {
   constexpr int64_t kLongBytes = 32 * 1024 * 1024;
-  int64_t bytes = 0;
-  for (const Job& job : jobs) bytes += job.numel * job.bytes_per_element;
-  return bytes > kLongBytes;
+  return plan.bytes() > kLongBytes;
 }
 
 // ---- steps --------------------------------------------------------------------------------------
@@ -74,13 +71,12 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) || !skip.is_none();
   StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
   plan.collect(threads);
-  if (has_tensors(scaling_source) || take_long(plan.jobs())) plan.hold();
+  if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
   plan.fold_scalars();
   if (plan.uses_devices()) {
     return step_on_devices(&plan, scaling_source, threads, fallback, outside);
   }
 
-  threads = useful_threads(plan.jobs(), threads);
   Scaling scaling = read_scaling(scaling_source);
   const bool needs_norm = scaling.needs_norm();
   Verdict verdict{};
@@ -109,7 +105,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   {
     std::optional<py::gil_scoped_release> unlocked;
     if (plan.holds()) unlocked.emplace();
-    const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.overlaps());
+    const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
     if (scaling.needs_norm()) verdict = last;
   }
   if (!verdict.skipped) plan.advance();
@@ -129,7 +125,6 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   const bool needs_norm = skip_nonfinite || !max_norm.is_none();
   const bool may_skip = skip_nonfinite || !skip.is_none();
   const std::vector<Job> host_jobs = plan->jobs_on(kHost);
-  threads = useful_threads(host_jobs, threads);
 
   // What the norm adds up: on the CPU, and elsewhere.
   double sum = 0;
@@ -196,7 +191,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   }
   if (!host_jobs.empty()) {
     py::gil_scoped_release unlocked;
-    run_updates(plan->jobs_on(kHost), threads, factor, plan->overlaps());
+    run_updates(plan->jobs_on(kHost), threads, factor);
   }
   plan->advance();
   return py::make_tuple(norm, skipped);

@@ -964,6 +964,46 @@ def test_memory_that_is_shared_for_some_steps(
     assert_same_state(trained(2), trained(1), assert_same_bits)
 
 
+def drop_the_last(optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["params"].pop()
+
+
+def shorten_the_second(optimizer: Optimizer) -> None:
+    p = optimizer.param_groups[0]["params"][1]
+    half = len(p) // 2
+    gradient, p.grad = p.grad, None
+    p.data = p.data[:half]
+    p.grad = gradient[:half]
+    state = optimizer.state.get(p, {})
+    state.update({key: x[:half] for key, x in state.items() if torch.is_tensor(x) and x.dim()})
+
+
+@pytest.mark.parametrize("change", [drop_the_last, shorten_the_second])
+@each_optimizer
+def test_a_step_for_less_of_the_memory_of_the_last_one(
+    config: Config, change: Callable[[Optimizer], None]
+) -> None:
+    """What is left lies where it lay before."""
+
+    def trained(make: Callable[..., Optimizer]) -> tuple[Optimizer, list[Tensor]]:
+        params = parameters([(90,), (60,), (80,)])
+        whole = [p.data for p in params]
+        optimizer = make(params, **config.kwargs)
+        set_gradients(params, 0)
+        for _ in range(3):
+            optimizer.step()
+        change(optimizer)
+        for _ in range(2):
+            optimizer.step()
+        return optimizer, whole
+
+    actual, actual_memory = trained(config.cls)
+    expected, expected_memory = trained(oracle(config))
+    assert_same_state(actual, expected, assert_within)
+    for x, y in zip(actual_memory, expected_memory, strict=True):
+        assert_within(x, y)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @each_optimizer
 def test_a_parameter_listed_twice_is_stepped_twice(config: Config) -> None:

@@ -12,11 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "chunk.h"
 #include "codecs.h"
 #include "elements.h"
 #include "engine.h"
-#include "overlap.h"
+#include "schedule.h"
 #include "trial.h"
 
 #if defined(FUSEDOPT_WIDE)
@@ -98,8 +97,7 @@ void check_layouts(const Work& work, int turn) {
     Trial plain(work, 0, trial.job().numel, 0);
     update_as_plain(trial, plain);
     trial.forbid_sentinels(true);
-    fusedopt::Overlaps overlaps;
-    fusedopt::run_updates({trial.job()}, 1, 1, &overlaps);
+    fusedopt::run_updates({trial.job()}, 1, 1);
     trial.forbid_sentinels(false);
     trial.check(plain, 0,
                 work.name() + ", " + std::to_string(chosen.size()) + " dimensions, variant " +
@@ -191,8 +189,7 @@ void check_jobs(const std::deque<Work>& all, std::deque<Trial>& wholes, int thre
     jobs.push_back(trial.job());
     trial.forbid_sentinels(true);
   }
-  fusedopt::Overlaps overlaps;
-  fusedopt::run_updates(jobs, threads, 1, &overlaps);
+  fusedopt::run_updates(jobs, threads, 1);
   for (Trial& trial : trials) trial.forbid_sentinels(false);
   for (size_t t = 0; t < trials.size(); ++t) {
     trials[t].check(
