@@ -39,11 +39,10 @@ bench: .venv/installed
 ## make bench-peers    the same, with all peers that it knows installed beside torch
 bench-peers: .venv/peers bench
 
-## make bench-docs     measure docs/performance.md anew, twice, for hours
+## make bench-docs     measure docs/performance.md anew, twice, for hours; ARGS="--rows TEXT" less
 bench-docs: export PATH := $(CURDIR)/$(RUN):$(PATH)
 bench-docs: .venv/peers .venv/installed
-	$(RUN)/python -m fusedopt.bench --scaling --json docs/performance.json $(ARGS)
-	$(RUN)/python -m fusedopt.bench --json docs/performance_again.json $(ARGS)
+	$(RUN)/python tools/measure_page.py $(ARGS)
 	$(RUN)/python tools/performance_page.py
 
 ## make count          instructions of a step under valgrind, against recorded bounds

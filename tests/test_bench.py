@@ -20,13 +20,13 @@ from fusedopt.bench import __main__ as command
 from fusedopt.bench import contestants as who
 from fusedopt.bench import oracle, picture, rows, run, table
 from fusedopt.bench.contestants import OURS, Contestant, contestants
-from fusedopt.bench.measure import measure
+from fusedopt.bench.measure import MOST, measure, turns
 from fusedopt.bench.modes import Step
 from fusedopt.bench.overhead import overhead
 from fusedopt.bench.results import Report, RowResult, machine, read
 from fusedopt.bench.rows import MAX_NORM, Row
 from fusedopt.bench.training import Task, train
-from tools import count_instructions
+from tools import count_instructions, measure_page
 
 TORCH = contestants("torch fused,foreach,loop")
 TINY = Row("3 x 16", "AdamW", threads=1)
@@ -151,6 +151,31 @@ def test_a_peer_that_fails_later_is_listed_too() -> None:
     result = measure(TINY, [*TORCH, peer], repeats=4)
     assert result.timings[-1].failed == "RuntimeError: out of breath"
     assert result.timings[0].samples == 4
+
+
+@pytest.mark.parametrize(
+    ("once", "repeats", "budget", "entered"),
+    [
+        pytest.param({"a": 0.1, "b": 0.5}, 3, 1.0, (3, 3), id="as asked for"),
+        pytest.param({"a": 0.1, "b": 0.5}, 0, 30.0, (50, 50), id="enough time for all"),
+        pytest.param({"a": 0.1, "b": 0.5}, 0, 8.1, (30, 10), id="the slow one less often"),
+        pytest.param({"a": 0.1, "b": 0.29}, 0, 0.1, (21, 21), id="not slow enough for that"),
+        pytest.param({"a": 0.1, "b": 9.0}, 0, 1.0, (21, 7), id="too slow for the budget"),
+        pytest.param({"a": 1e-6, "b": 2e-6}, 0, 9.0, (MOST, MOST), id="no more than needed"),
+    ],
+)
+def test_who_steps_in_a_round(
+    once: dict[str, float], repeats: int, budget: float, entered: tuple[int, int]
+) -> None:
+    rounds = turns(once, repeats, budget)
+    assert tuple(sum(name in names for names in rounds) for name in once) == entered
+    assert all(len(set(names)) == len(names) for names in rounds)
+
+
+def test_contestants_step_in_changing_orders() -> None:
+    rounds = turns(dict.fromkeys("abc", 1.0), 60, 0)
+    first = [names[0] for names in rounds]
+    assert min(first.count(name) for name in "abc") > 10
 
 
 def test_peers_are_chosen_by_name() -> None:
@@ -335,6 +360,12 @@ def test_rows_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_row_is_chosen_by_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "1000 x 1K, AdamW, 2 threads"  # all of which "1000 x 1K, AdamW, clip, 2 threads" has
+    command.main(["--list", "--peers", "none", "--threads", "2", "--rows", name])
+    assert capsys.readouterr().out.splitlines()[1:] == [name]
+
+
 def test_what_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +383,17 @@ def test_pictures_of_wrong_failed_and_slow_contestants(tmp_path: Path) -> None:
     path = tmp_path / "rows.png"
     picture.draw_rows([result] * 4, path, machine("cpu"))
     assert path.stat().st_size > 10_000
+
+
+def test_a_row_that_is_measured_anew_takes_the_place_of_the_old_one() -> None:
+    def report(*results: RowResult) -> Report:
+        return Report(machine("cpu"), rows=list(results))
+
+    page = report(tiny_result("SGD"), tiny_result("AdamW"))
+    anew, more = tiny_result("SGD"), tiny_result("Lion")
+    measure_page.merge(page, report(anew, more))
+    assert [row.optimizer for row in page.rows] == ["SGD", "AdamW", "Lion"]
+    assert page.rows[0] is anew
 
 
 def test_the_page_has_the_figures_of_its_json() -> None:

@@ -19,8 +19,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="only rows whose name contains all these texts, with commas between them, as in "
-        "'GPT-2,Lion'; several times for more rows; the overhead and training have names, too",
+        help="only the row of this name, or else those whose name contains all these texts, with "
+        "commas between them, as in 'GPT-2,Lion'; several times for more rows; the overhead and "
+        "training have names, too",
     )
     parser.add_argument(
         "--peers",

@@ -6,9 +6,10 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -19,7 +20,10 @@ from fusedopt.bench.modes import Step
 from fusedopt.bench.results import RowResult, Timing
 from fusedopt.bench.rows import Row, parameters
 
-FEWEST, MOST = 7, 300  # rounds
+# Of rounds: until memory has settled, which costs the first ones several times a step; and then.
+WARM_UP = 2
+FEWEST, MOST = 7, 300
+THIN = 3
 _PROBE = "probe"
 _MOST_PROBED = 100_000_000  # elements: more would be no faster, and need memory
 
@@ -38,7 +42,7 @@ def measure(
         row: what to step.
         contestants: those of them that enter the row; fusedopt first.
         repeats: rounds, in each of which every contestant takes one step; 0 for as many as fit
-            into the budget.
+            into the budget, see `turns`.
         budget: in seconds.
         progress: told what is being done.
     """
@@ -46,7 +50,6 @@ def measure(
     gc.collect()  # the row before may have left gigabytes in reference cycles
     timings: dict[str, Timing] = {}
     steps: dict[str, Step] = {}
-    warm: dict[str, float] = {}
     for contestant in contestants:
         if not contestant.enters(row) or contestant.missing:
             continue
@@ -54,16 +57,13 @@ def measure(
         timing = timings[contestant.name] = Timing(contestant.name)
         try:
             with quiet():
-                _enter(contestant, row, timing, steps, warm)
+                _enter(contestant, row, timing, steps)
         except Exception as error:  # a peer may raise anything
             timing.failed = reason(error)
             steps.pop(contestant.name, None)
     probe, probe_bytes = bandwidth_probe(row)
     steps[_PROBE] = probe
-    warm[_PROBE] = _seconds(probe, row.device)
-    once = sum(warm[name] for name in steps)
-    rounds = repeats or max(FEWEST, min(MOST, int(budget / once)))
-    seconds, failed = _interleave(steps, rounds, row.device, progress)
+    seconds, failed = _interleave(steps, repeats, budget, row.device, progress)
     for name, why in failed.items():
         timings[name].failed = why
     if any(contestant.compiles for contestant in contestants):
@@ -95,7 +95,6 @@ def _enter(
     row: Row,
     timing: Timing,
     steps: dict[str, Step],
-    warm: dict[str, float],
 ) -> None:
     """Check the numbers of a contestant, let it touch all its pages, and add it to `steps`."""
     timing.wrong = oracle.mistake(contestant.build, row)
@@ -106,29 +105,70 @@ def _enter(
     step()
     _synchronize(row.device)
     timing.first_step_seconds = time.perf_counter() - start
-    warm[contestant.name] = second = _seconds(step, row.device)
     if contestant.compiles:  # the second step, too, where it is the first to find states
-        warm[contestant.name] = steady = _seconds(step, row.device)
+        second, steady = (_seconds(step, row.device) for _ in range(2))
         timing.compile_seconds = timing.first_step_seconds + second - 2 * steady
     steps[contestant.name] = step
 
 
 def _interleave(
-    steps: dict[str, Step], rounds: int, device: str, progress: Callable[[str], None]
+    steps: dict[str, Step],
+    repeats: int,
+    budget: float,
+    device: str,
+    progress: Callable[[str], None],
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Return the seconds of each step, one of each after the other, and which failed, and why."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
+
+    def take_turns(names: Iterable[str]) -> None:
+        for name in names:
+            if name in failed:
+                continue
+            try:
+                seconds[name].append(_seconds(steps[name], device))
+            except Exception as error:  # such as a lack of memory
+                failed[name] = reason(error)
+
     with without_collection(), quiet():
-        for i in range(rounds):
-            progress(f"round {i + 1} of {rounds}")
-            for name in list(seconds):
-                try:
-                    seconds[name].append(_seconds(steps[name], device))
-                except Exception as error:  # such as a lack of memory
-                    failed[name] = reason(error)
-                    del seconds[name]
-    return seconds, failed
+        for _ in range(WARM_UP):
+            progress("warming up")
+            take_turns(steps)
+        rounds = turns({n: min(s) for n, s in seconds.items() if s}, repeats, budget)
+        for samples in seconds.values():
+            samples.clear()
+        for i, names in enumerate(rounds):
+            progress(f"round {i + 1} of {len(rounds)}")
+            take_turns(names)
+    return {name: seconds[name] for name in steps if name not in failed}, failed
+
+
+def turns(once: dict[str, float], repeats: int, budget: float) -> list[list[str]]:
+    """Return for each round who takes a step in it, in which order.
+
+    All do, in an order drawn anew: one that always came after a step that frees gigabytes would pay
+    for it. Where there is time for few such rounds, contestants that take more than THIN times as
+    long as the fastest enter one round of THIN.
+
+    Args:
+        once: the seconds of a step of each.
+        repeats: so many rounds with all; 0 for as many as fit into the budget.
+        budget: in seconds.
+    """
+    random = Random(0)
+    fit = int(budget / sum(once.values()))
+    thin = not repeats and fit < FEWEST * THIN
+    slow = {n for n, seconds in once.items() if thin and seconds > THIN * min(once.values())}
+    if thin:
+        mean = sum(seconds / (THIN if n in slow else 1) for n, seconds in once.items())
+        fit = max(FEWEST * THIN, int(budget / mean))
+    rounds = []
+    for i in range(repeats or min(MOST, fit)):
+        names = [name for name in once if i % THIN == 0 or name not in slow]
+        random.shuffle(names)
+        rounds.append(names)
+    return rounds
 
 
 def _fill(timing: Timing, samples: list[float], row: Row, limit: float) -> None:

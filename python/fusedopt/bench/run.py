@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     report = Report(machine(options.device))
     report.missing = {each.name: each.missing for each in entrants if each.missing}
-    jobs = [job for job in plan(options, entrants) if _matches(job.name, options.rows)]
+    jobs = _chosen(plan(options, entrants), options.rows)
     if options.list:
         for job in jobs:
             console.print(job.name, highlight=False)
@@ -83,10 +83,16 @@ def _results(jobs: list[Job], report: Report, console: Console) -> Iterator[Grou
             progress.advance(task)
 
 
-def _matches(name: str, wanted: list[str]) -> bool:
-    return not wanted or any(
-        all(part.strip().lower() in name.lower() for part in text.split(",")) for text in wanted
-    )
+def _chosen(jobs: list[Job], wanted: list[str]) -> list[Job]:
+    """Return the jobs of these names, and those that have all parts of a text in theirs."""
+    names = {job.name for job in jobs}
+
+    def chooses(text: str, name: str) -> bool:
+        if text in names:
+            return text == name
+        return all(part.strip().lower() in name.lower() for part in text.split(","))
+
+    return [job for job in jobs if not wanted or any(chooses(text, job.name) for text in wanted)]
 
 
 def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:

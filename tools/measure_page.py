@@ -1,0 +1,86 @@
+"""Measures rows of docs/performance.md anew, and all of them without --rows.
+
+    python tools/measure_page.py [--rows TEXT]... [--once]
+
+Each row gets a process of its own, so that nothing depends on which contestants came before: how
+the allocator treats the temporary arrays of peers does, by a factor of two. Then it gets another
+one, for docs/performance_again.json, unless --once is given. What is found replaces the row of that
+name, so that one may measure some rows now and others later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from fusedopt.bench.results import Report, machine, read
+
+DOCS = Path(__file__).parent.parent / "docs"
+FIRST, AGAIN = DOCS / "performance.json", DOCS / "performance_again.json"
+BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
+ONCE = ("overhead:", "training:", "scaling:")  # parts of which there is no second run
+
+T = TypeVar("T")
+
+
+def chosen(rows: list[str]) -> list[str]:
+    """Return the names of all parts that these texts choose."""
+    options = [option for text in rows for option in ("--rows", text)]
+    command = [*BENCH, "--list", "--peers", "none", *options]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return listed.splitlines()[1:]
+
+
+def measured(name: str) -> Report:
+    """Run the benchmark for one part."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        subprocess.run([*BENCH, "--rows", name, "--json", path], check=True)
+        return read(path)
+
+
+def merge(report: Report, found: Report) -> None:
+    """Put what was found in the place of what the report has of the same names, or at its end."""
+
+    def replace(old: list[T], new: list[T], name: Callable[[T], object]) -> None:
+        places = {name(each): i for i, each in enumerate(old)}
+        for each in new:
+            if name(each) in places:
+                old[places[name(each)]] = each
+            else:
+                old.append(each)
+
+    report.machine, report.missing = found.machine, found.missing
+    replace(report.rows, found.rows, lambda row: row.row)
+    replace(report.scaling, found.scaling, lambda row: row.row)
+    replace(report.overheads, found.overheads, lambda each: each.optimizer)
+    replace(
+        report.trainings,
+        found.trainings,
+        lambda each: (each.model, each.optimizer, each.mode, each.contestant),
+    )
+
+
+def main() -> None:
+    """Measure, and write each part to the files as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--once", action="store_true")
+    options = parser.parse_args()
+    names = chosen(options.rows)
+    for i, name in enumerate(names):
+        twice = not options.once and not name.startswith(ONCE)
+        for path in (FIRST, AGAIN) if twice else (FIRST,):
+            print(f"part {i + 1} of {len(names)}, for {path.name}", flush=True)
+            report = read(path) if path.exists() else Report(machine("cpu"))
+            merge(report, measured(name))
+            report.write(path)
+
+
+if __name__ == "__main__":
+    main()
