@@ -150,31 +150,38 @@ static double join_all(Norm norm, const std::vector<double>& blocks) {
 
 // ---- all pieces ---------------------------------------------------------------------------------
 
-static void norms(const Schedule& schedule, int thread, int threads, NormBlocks norm,
+using Taken = std::vector<Schedule::Taken>;
+
+static void norms(const Schedule& schedule, int thread, Taken* taken, NormBlocks norm,
                   double* blocks) {
-  schedule.for_each_share(thread, threads, [&](const Piece* begin, const Piece* end) {
-    const auto bytes = [](const Piece& piece) { return piece.count * item_size(piece, kGrad); };
-    const Piece* ahead = begin;  // by `distance` of the piece that is read
+  const auto bytes = [](const Piece& piece) { return piece.count * item_size(piece, kGrad); };
+  schedule.take_batches(thread, taken, [&](const Piece* begin, const Piece* end) {
+    const Piece* const last = &schedule.pieces().back();
+    // The piece after this one in which the byte lies that is kNormPrefetchBytes ahead, and how
+    // many bytes it begins after this one does.
+    const Piece* ahead = begin;
     int64_t distance = 0;
     for (const Piece* piece = begin; piece != end; ++piece) {
-      while (ahead != end && distance < kNormPrefetchBytes) distance += bytes(*ahead++);
-      norm_piece(norm, *piece, ahead != end ? *ahead : *piece, blocks);
+      while (ahead < last && (ahead == piece || distance + bytes(*ahead) <= kNormPrefetchBytes)) {
+        distance += bytes(*ahead++);
+      }
+      norm_piece(norm, *piece, *ahead, blocks);
       distance -= bytes(*piece);
     }
   });
 }
 
-static void updates(const Schedule& schedule, int thread, int threads, double factor) {
-  schedule.for_each_share(thread, threads, [&](const Piece* begin, const Piece* end) {
+static void updates(const Schedule& schedule, int thread, Taken* taken, double factor) {
+  schedule.take_batches(thread, taken, [&](const Piece* begin, const Piece* end) {
+    const Piece* const first = &schedule.pieces().front();
+    const Piece* const last = &schedule.pieces().back();
     const ptrdiff_t count = end - begin;
-    const auto number = [&](ptrdiff_t i) -> const Piece& {
-      return begin[schedule.backwards() ? count - 1 - i : i];
-    };
     for (ptrdiff_t i = 0; i < count; ++i) {
-      const Piece& piece = number(i);
-      const Piece& next = i + 1 < count ? number(i + 1) : piece;
-      prefetch(next, piece);
-      update_piece(piece, next, factor);
+      const bool back = schedule.backwards();
+      const Piece* const piece = back ? end - 1 - i : begin + i;
+      const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
+      prefetch(*next, *piece);
+      update_piece(*piece, *next, factor);
     }
   });
 }
@@ -183,8 +190,9 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
   Schedule schedule;
   schedule.make(jobs, threads, Schedule::kNorm);
   std::vector<double> blocks(static_cast<size_t>(schedule.blocks()));
-  in_parallel(schedule.threads(), [&](int thread, int count) {
-    norms(schedule, thread, count, kernels.norms[static_cast<int>(norm)], blocks.data());
+  Taken taken = schedule.none_taken();
+  in_parallel(schedule.threads(), [&](int thread, int) {
+    norms(schedule, thread, &taken, kernels.norms[static_cast<int>(norm)], blocks.data());
   });
   return join_all(norm, blocks);
 }
@@ -192,8 +200,9 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
 static void run_updates(const std::vector<Job>& jobs, int threads, double factor,
                         Schedule* schedule) {
   schedule->make(jobs, threads, Schedule::kUpdates);
+  Taken taken = schedule->none_taken();
   in_parallel(schedule->threads(),
-              [&](int thread, int count) { updates(*schedule, thread, count, factor); });
+              [&](int thread, int) { updates(*schedule, thread, &taken, factor); });
 }
 
 void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
@@ -210,11 +219,12 @@ Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
   std::vector<double> blocks(static_cast<size_t>(schedule->blocks()));
+  Taken read = schedule->none_taken(), updated = schedule->none_taken();
   Verdict verdict{};
-  in_parallel(schedule->threads(), [&](int thread, int count) {
-    norms(*schedule, thread, count, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
+  in_parallel(schedule->threads(), [&](int thread, int) {
+    norms(*schedule, thread, &read, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
     together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
-    if (!verdict.skipped) updates(*schedule, thread, count, verdict.factor);
+    if (!verdict.skipped) updates(*schedule, thread, &updated, verdict.factor);
   });
   return verdict;
 }

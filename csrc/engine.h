@@ -53,8 +53,8 @@ constexpr int64_t kNormBlock = 4096;
 constexpr int64_t kNormJoin = 256;
 
 // Writes to `blocks` what the norm adds up over each block of elements [first, first + count);
-// `next` is the first array to begin kNormPrefetchBytes behind them or more, which is asked for
-// while the last of these bytes are read; any address will do.
+// `next` is what is asked for while the last of them are read, as many bytes as there are of them
+// but kNormPrefetchBytes at most; any address will do.
 using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, const void* next,
                             double* blocks);
 

@@ -46,17 +46,26 @@ void Schedule::cut(const std::vector<Job>& jobs) {
     }
     bytes_ += job.numel * job.bytes_per_element;
   }
-  // A piece belongs to the share in whose equal part of the bytes it begins.
-  begin_.clear();
-  int64_t before = 0;
+  // A batch begins where the last one has as many bytes as a piece may, or a share begins; and that
+  // does with the piece that begins in its equal part of the bytes.
+  batches_.clear();
+  shares_begin_.clear();
+  int64_t before = 0, batch_end = 0;
   for (size_t i = 0; i < pieces_.size(); ++i) {
-    while (before >= bytes_ / shares_ * static_cast<int64_t>(begin_.size()) &&
-           begin_.size() < static_cast<size_t>(shares_)) {
-      begin_.push_back(i);
+    bool begins = before >= batch_end;
+    while (before >= bytes_ / shares_ * static_cast<int64_t>(shares_begin_.size()) &&
+           shares_begin_.size() < static_cast<size_t>(shares_)) {
+      shares_begin_.push_back(batches_.size());
+      begins = true;
+    }
+    if (begins) {
+      batches_.push_back(i);
+      batch_end = before + kPieceBytes;
     }
     before += pieces_[i].count * pieces_[i].job->bytes_per_element;
   }
-  begin_.resize(static_cast<size_t>(shares_) + 1, pieces_.size());
+  shares_begin_.resize(static_cast<size_t>(shares_) + 1, batches_.size());
+  batches_.push_back(pieces_.size());
 }
 
 }  // namespace fusedopt

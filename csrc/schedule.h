@@ -1,6 +1,9 @@
 // How the threads share the work of a step.
 #pragma once
 
+#include <atomic>
+#include <vector>
+
 #include "engine.h"
 #include "overlap.h"
 
@@ -20,9 +23,13 @@ inline int64_t piece_elements(const Job& job) {
   return kPieceBytes / job.bytes_per_element / kNormBlock * kNormBlock;
 }
 
-// All jobs in pieces, and the pieces in consecutive shares of about equal bytes, one a thread. That
-// depends on where the jobs lie and how large they are, which is mostly as it was in the step
-// before. To find it out anew takes a twentieth of a step on many small tensors.
+// All jobs in pieces, and the pieces in consecutive shares of about equal bytes, one a thread: in
+// each step a thread finds the same memory in its cache. One that is done with its own share takes
+// batches of pieces from the others', whose threads may have been held up.
+//
+// All that depends on where the jobs lie and how large they are, which is mostly as it was in the
+// step before. To find it out anew takes 9 % of a step on many small tensors
+// (benchmarks/NOTES.md).
 class Schedule {
  public:
   enum Work : uint8_t { kNorm, kUpdates, kNormAndUpdates };
@@ -41,11 +48,27 @@ class Schedule {
   int64_t blocks() const { return blocks_; }  // of a norm, over all pieces
   int64_t bytes() const { return bytes_; }    // of all streams of all jobs
 
-  // Calls f(begin, end) for the pieces of this thread, of so many: of every share that is its own.
+  const std::vector<Piece>& pieces() const { return pieces_; }
+
+  // How many batches of each share have been taken, in one pass over all pieces.
+  struct alignas(64) Taken {
+    std::atomic<size_t> batches{0};
+  };
+  std::vector<Taken> none_taken() const { return std::vector<Taken>(static_cast<size_t>(shares_)); }
+
+  // Calls f(begin, end) for batches of pieces that no thread has taken yet, until there are none.
   template <class F>
-  void for_each_share(int thread, int threads, F f) const {
-    for (int share = thread; share < shares_; share += threads) {
-      f(pieces_.data() + begin_[share], pieces_.data() + begin_[share + 1]);
+  void take_batches(int thread, std::vector<Taken>* taken, F f) const {
+    for (int i = 0; i < shares_; ++i) {
+      const int share = (thread + i) % shares_;
+      const size_t* const begin = batches_.data() + shares_begin_[share];
+      const size_t count = shares_begin_[share + 1] - shares_begin_[share];
+      for (;;) {
+        const size_t number = (*taken)[share].batches.fetch_add(1, std::memory_order_relaxed);
+        if (number >= count) break;
+        const size_t* const batch = begin + (backwards_ ? count - 1 - number : number);
+        f(pieces_.data() + batch[0], pieces_.data() + batch[1]);
+      }
     }
   }
 
@@ -55,11 +78,12 @@ class Schedule {
   // What it was made for,
   int most_threads_ = 0;
   Work work_ = kNorm;
-  // and what came of it: share i is pieces [begin_[i], begin_[i + 1]).
+  // and what came of it: batch i is pieces [batches_[i], batches_[i + 1]), and share i is batches
+  // [shares_begin_[i], shares_begin_[i + 1]).
   int shares_ = 1;
   bool backwards_ = false;
   std::vector<Piece> pieces_;
-  std::vector<size_t> begin_;
+  std::vector<size_t> batches_, shares_begin_;
   int64_t blocks_ = 0, bytes_ = 0;
   Overlaps overlaps_;
 };

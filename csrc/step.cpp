@@ -5,6 +5,7 @@
 
 #include "cuda.h"
 #include "cuda_step.h"
+#include "overlap.h"
 #include "plan.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
@@ -124,13 +125,13 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   const bool skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
   const bool needs_norm = skip_nonfinite || !max_norm.is_none();
   const bool may_skip = skip_nonfinite || !skip.is_none();
-  const std::vector<Job> host_jobs = plan->jobs_on(kHost);
+  const bool uses_host = !plan->jobs_on(kHost).empty();
 
   // What the norm adds up: on the CPU, and elsewhere.
   double sum = 0;
   py::list sums;
   if (needs_norm) {
-    if (!host_jobs.empty()) {
+    if (uses_host) {
       py::gil_scoped_release unlocked;
       sum = run_norm(kernels_, Norm::two, plan->jobs_of_norm(), threads);
     }
@@ -148,7 +149,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
   py::object norm = py::float_(kNoNorm);
   py::object skipped = py::bool_(false);
   // Whoever needs the verdict on the CPU waits for it.
-  if (!host_jobs.empty() || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
+  if (uses_host || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
     scaling = read_scaling(source);
     if (needs_norm) {
       for (DeviceQueue& queue : queues) {
@@ -189,7 +190,7 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
   }
-  if (!host_jobs.empty()) {
+  if (uses_host) {
     py::gil_scoped_release unlocked;
     run_updates(plan->jobs_on(kHost), threads, factor);
   }

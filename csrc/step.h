@@ -34,7 +34,7 @@ class Engine {
   // over those on each device, as tensors there; and tensors that it needs Python for.
   py::tuple norm(const py::sequence& tensors, double order, int threads) const;
 
-  // Applies one rule to streams [param, grad, *states] on exactly `threads` threads: for tests.
+  // Applies one rule to streams [param, grad, *states] on at most `threads` threads: for tests.
   void update(const std::string& rule, int flags, const std::vector<double>& scalars,
               double grad_scale, const py::sequence& tensors, int threads) const;
 

@@ -135,19 +135,20 @@ def test_a_peer_that_fails_is_listed_with_the_reason() -> None:
     assert result.find("torch fused") is None
 
 
-def test_a_peer_that_fails_later_is_listed_too() -> None:
-    def fifth_step_fails(row: Row, params: list[Tensor]) -> Step:
+@pytest.mark.parametrize("failing", [2, 3, 5])  # while warming up, twice, and afterwards
+def test_a_peer_that_fails_later_is_listed_too(failing: int) -> None:
+    def some_step_fails(row: Row, params: list[Tensor]) -> Step:
         step, calls = build("torch fused")(row, params), []
 
         def counted() -> None:
             calls.append(1)
-            if params[0].numel() == 16 and len(calls) == 5:
+            if params[0].numel() == 16 and len(calls) == failing:
                 raise RuntimeError("out of breath\nand more")
             step()
 
         return counted
 
-    peer = Contestant("tired", lambda row: True, fifth_step_fails)
+    peer = Contestant("tired", lambda row: True, some_step_fails)
     result = measure(TINY, [*TORCH, peer], repeats=4)
     assert result.timings[-1].failed == "RuntimeError: out of breath"
     assert result.timings[0].samples == 4
@@ -159,7 +160,8 @@ def test_a_peer_that_fails_later_is_listed_too() -> None:
         pytest.param({"a": 0.1, "b": 0.5}, 3, 1.0, (3, 3), id="as asked for"),
         pytest.param({"a": 0.1, "b": 0.5}, 0, 30.0, (50, 50), id="enough time for all"),
         pytest.param({"a": 0.1, "b": 0.5}, 0, 8.1, (30, 10), id="the slow one less often"),
-        pytest.param({"a": 0.1, "b": 0.29}, 0, 0.1, (21, 21), id="not slow enough for that"),
+        pytest.param({"a": 0.1, "b": 0.29}, 0, 0.1, (7, 7), id="not slow enough for that"),
+        pytest.param({"a": 0.1, "fusedopt": 0.5}, 0, 0.1, (7, 7), id="fusedopt in every round"),
         pytest.param({"a": 0.1, "b": 9.0}, 0, 1.0, (21, 7), id="too slow for the budget"),
         pytest.param({"a": 1e-6, "b": 2e-6}, 0, 9.0, (MOST, MOST), id="no more than needed"),
     ],
@@ -361,7 +363,9 @@ def test_rows_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_row_is_chosen_by_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
-    name = "1000 x 1K, AdamW, 2 threads"  # all of which "1000 x 1K, AdamW, clip, 2 threads" has
+    name = (
+        "1000 x 1K, AdamW, 2 threads"  # all parts of which "1000 x 1K, AdamW, clip, 2 threads" has
+    )
     command.main(["--list", "--peers", "none", "--threads", "2", "--rows", name])
     assert capsys.readouterr().out.splitlines()[1:] == [name]
 
@@ -394,6 +398,9 @@ def test_a_row_that_is_measured_anew_takes_the_place_of_the_old_one() -> None:
     measure_page.merge(page, report(anew, more))
     assert [row.optimizer for row in page.rows] == ["SGD", "AdamW", "Lion"]
     assert page.rows[0] is anew
+    page.machine["processor"] = "another"
+    with pytest.raises(ValueError, match="the page is of processor another, and this is"):
+        measure_page.merge(page, report(more))
 
 
 def test_the_page_has_the_figures_of_its_json() -> None:

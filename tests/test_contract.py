@@ -1004,6 +1004,23 @@ def test_a_step_for_less_of_the_memory_of_the_last_one(
         assert_within(x, y)
 
 
+@each_optimizer
+def test_what_a_step_does_may_change_while_nothing_moves(config: Config, two_threads: None) -> None:
+    """The work is shared by threads as in the step before, unless that was other work."""
+
+    def trained(threads: int) -> Optimizer:
+        torch.set_num_threads(threads)
+        params = parameters([(300_000,), (70,), (150_000,)])
+        optimizer = config.cls(params, **config.kwargs)
+        set_gradients(params, 0)
+        for max_norm in (None, None, 1.0, 1.0, None, 0.1):
+            optimizer.max_grad_norm = max_norm
+            optimizer.step()
+        return optimizer
+
+    assert_same_state(trained(2), trained(1), assert_same_bits)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @each_optimizer
 def test_a_parameter_listed_twice_is_stepped_twice(config: Config) -> None:
@@ -1256,12 +1273,16 @@ def test_two_python_threads_step_two_optimizers(two_threads: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_steps_on(two_threads: None) -> None:
+@pytest.mark.parametrize("gradients", ["fresh", "kept"])
+def test_a_forked_child_steps_on(gradients: str, two_threads: None) -> None:
     ahead, behind = parameters([(200_000,)]), parameters([(200_000,)])
     leader, follower = fusedopt.AdamW(ahead), fusedopt.AdamW(behind)
-    train(leader, ahead, 2)
-    train(follower, behind, 1)
-    set_gradients(behind, 1)
+    for optimizer, params, steps in ((leader, ahead, 3), (follower, behind, 2)):
+        set_gradients(params, 0)
+        for _ in range(steps):
+            optimizer.step()
+    if gradients == "fresh":
+        set_gradients(behind, 0)  # elsewhere
     expected = ahead[0].detach().numpy().tobytes()
     child = os.fork()
     if child == 0:

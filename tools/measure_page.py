@@ -3,9 +3,9 @@
     python tools/measure_page.py [--rows TEXT]... [--once]
 
 Each row gets a process of its own, so that nothing depends on which contestants came before: how
-the allocator treats the temporary arrays of peers does, by a factor of two. Then it gets another
-one, for docs/performance_again.json, unless --once is given. What is found replaces the row of that
-name, so that one may measure some rows now and others later.
+the allocator treats the temporary arrays of peers does, by a factor of two. What is found replaces
+the row of that name, so that one may measure some rows now and others later, on the same machine.
+After all rows comes a second run of them, for docs/performance_again.json, unless --once is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chosen(rows: list[str]) -> list[str]:
     """Return the names of all parts that these texts choose."""
     options = [option for text in rows for option in ("--rows", text)]
     command = [*BENCH, "--list", "--peers", "none", *options]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return listed.splitlines()[1:]
 
 
@@ -45,7 +45,17 @@ def measured(name: str) -> Report:
 
 
 def merge(report: Report, found: Report) -> None:
-    """Put what was found in the place of what the report has of the same names, or at its end."""
+    """Put what was found in the place of what the report has of the same names, or at its end.
+
+    Raises:
+        ValueError: what the report has is of another machine.
+    """
+    for fact in ("processor", "instruction set", "threads", "system", "torch"):
+        if report.machine[fact] != found.machine[fact]:
+            raise ValueError(
+                f"the page is of {fact} {report.machine[fact]}, and this is {found.machine[fact]}: "
+                "measure all rows anew, without --rows"
+            )
 
     def replace(old: list[T], new: list[T], name: Callable[[T], object]) -> None:
         places = {name(each): i for i, each in enumerate(old)}
@@ -73,11 +83,13 @@ def main() -> None:
     parser.add_argument("--once", action="store_true")
     options = parser.parse_args()
     names = chosen(options.rows)
-    for i, name in enumerate(names):
-        twice = not options.once and not name.startswith(ONCE)
-        for path in (FIRST, AGAIN) if twice else (FIRST,):
-            print(f"part {i + 1} of {len(names)}, for {path.name}", flush=True)
-            report = read(path) if path.exists() else Report(machine("cpu"))
+    if not names:
+        parser.error("no row has such a name: python -m fusedopt.bench --scaling --list")
+    for path in (FIRST,) if options.once else (FIRST, AGAIN):
+        parts = names if path == FIRST else [name for name in names if not name.startswith(ONCE)]
+        report = read(path) if options.rows and path.exists() else Report(machine("cpu"))
+        for i, name in enumerate(parts):
+            print(f"part {i + 1} of {len(parts)}, for {path.name}", flush=True)
             merge(report, measured(name))
             report.write(path)
 

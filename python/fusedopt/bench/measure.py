@@ -20,10 +20,10 @@ from fusedopt.bench.modes import Step
 from fusedopt.bench.results import RowResult, Timing
 from fusedopt.bench.rows import Row, parameters
 
-# Of rounds: until memory has settled, which costs the first ones several times a step; and then.
+# The first rounds take several times as long as others: memory has to settle.
 WARM_UP = 2
-FEWEST, MOST = 7, 300
-THIN = 3
+FEWEST, MOST = 7, 300  # rounds after that
+THIN = 3  # see `turns`
 _PROBE = "probe"
 _MOST_PROBED = 100_000_000  # elements: more would be no faster, and need memory
 
@@ -41,8 +41,7 @@ def measure(
     Args:
         row: what to step.
         contestants: those of them that enter the row; fusedopt first.
-        repeats: rounds, in each of which every contestant takes one step; 0 for as many as fit
-            into the budget, see `turns`.
+        repeats: rounds with a step of every contestant; 0 for what `turns` makes of the budget.
         budget: in seconds.
         progress: told what is being done.
     """
@@ -118,7 +117,7 @@ def _interleave(
     device: str,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return the seconds of each step, one of each after the other, and which failed, and why."""
+    """Return the seconds of the steps of each, taken in turns, and which failed, and why."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
 
@@ -129,13 +128,16 @@ def _interleave(
             try:
                 seconds[name].append(_seconds(steps[name], device))
             except Exception as error:  # such as a lack of memory
+                if name == _PROBE:
+                    raise
                 failed[name] = reason(error)
 
     with without_collection(), quiet():
         for _ in range(WARM_UP):
             progress("warming up")
             take_turns(steps)
-        rounds = turns({n: min(s) for n, s in seconds.items() if s}, repeats, budget)
+        once = {name: min(seconds[name]) for name in steps if name not in failed}
+        rounds = turns(once, repeats, budget)
         for samples in seconds.values():
             samples.clear()
         for i, names in enumerate(rounds):
@@ -148,8 +150,8 @@ def turns(once: dict[str, float], repeats: int, budget: float) -> list[list[str]
     """Return for each round who takes a step in it, in which order.
 
     All do, in an order drawn anew: one that always came after a step that frees gigabytes would pay
-    for it. Where there is time for few such rounds, contestants that take more than THIN times as
-    long as the fastest enter one round of THIN.
+    for it. Where there is time for few such rounds, those that take more than THIN times as long as
+    fusedopt, or the fastest if that is not among them, enter one round of THIN.
 
     Args:
         once: the seconds of a step of each.
@@ -157,11 +159,13 @@ def turns(once: dict[str, float], repeats: int, budget: float) -> list[list[str]
         budget: in seconds.
     """
     random = Random(0)
-    fit = int(budget / sum(once.values()))
-    thin = not repeats and fit < FEWEST * THIN
-    slow = {n for n, seconds in once.items() if thin and seconds > THIN * min(once.values())}
-    if thin:
-        mean = sum(seconds / (THIN if n in slow else 1) for n, seconds in once.items())
+    fit = max(FEWEST, int(budget / sum(once.values())))
+    fast = THIN * once.get(OURS, min(once.values()))
+    slow = {name for name, seconds in once.items() if seconds > fast}
+    if fit >= FEWEST * THIN or repeats:
+        slow = set()
+    elif slow:
+        mean = sum(seconds / (THIN if name in slow else 1) for name, seconds in once.items())
         fit = max(FEWEST * THIN, int(budget / mean))
     rounds = []
     for i in range(repeats or min(MOST, fit)):

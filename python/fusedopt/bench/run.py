@@ -85,14 +85,15 @@ def _results(jobs: list[Job], report: Report, console: Console) -> Iterator[Grou
 
 def _chosen(jobs: list[Job], wanted: list[str]) -> list[Job]:
     """Return the jobs of these names, and those that have all parts of a text in theirs."""
-    names = {job.name for job in jobs}
+    names = {job.name.lower() for job in jobs}
 
     def chooses(text: str, name: str) -> bool:
         if text in names:
             return text == name
-        return all(part.strip().lower() in name.lower() for part in text.split(","))
+        return all(part.strip() in name for part in text.split(","))
 
-    return [job for job in jobs if not wanted or any(chooses(text, job.name) for text in wanted)]
+    texts = [text.strip().lower() for text in wanted]
+    return [job for job in jobs if not texts or any(chooses(t, job.name.lower()) for t in texts)]
 
 
 def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
