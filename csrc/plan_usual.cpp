@@ -166,15 +166,15 @@ void StepPlan::collect_usual(int threads) {
       const Job before = job;
       entry.usual = read_usual(&entry, &job);
       ready += entry.usual && entry.folded;
-      same += fitted && entry.usual && same_arrays(before, job);
+      same += entry.usual && same_arrays(before, job);
     });
     ready_ += ready;
     unmoved += same;
   };
   const bool many = count >= kManyOfThread * static_cast<size_t>(threads);
   in_pipeline(look && many ? threads : 1, count, find, read);
-  schedule_.fits =
-      unmoved == count;  // so all are usual, and nothing changes their jobs from here on
+  // If so, all are usual, and nothing changes their jobs from here on.
+  schedule_.fits = fitted && unmoved == count;
 }
 
 void StepPlan::hold() {

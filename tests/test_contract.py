@@ -968,6 +968,10 @@ def drop_the_last(optimizer: Optimizer) -> None:
     optimizer.param_groups[0]["params"].pop()
 
 
+def drop_all(optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["params"].clear()
+
+
 def shorten_the_second(optimizer: Optimizer) -> None:
     p = optimizer.param_groups[0]["params"][1]
     half = len(p) // 2
@@ -978,7 +982,7 @@ def shorten_the_second(optimizer: Optimizer) -> None:
     state.update({key: x[:half] for key, x in state.items() if torch.is_tensor(x) and x.dim()})
 
 
-@pytest.mark.parametrize("change", [drop_the_last, shorten_the_second])
+@pytest.mark.parametrize("change", [drop_the_last, drop_all, shorten_the_second])
 @each_optimizer
 def test_a_step_for_less_of_the_memory_of_the_last_one(
     config: Config, change: Callable[[Optimizer], None]
