@@ -155,7 +155,7 @@ using Taken = std::vector<Schedule::Taken>;
 static void norms(const Schedule& schedule, int thread, Taken* taken, NormBlocks norm,
                   double* blocks) {
   const auto bytes = [](const Piece& piece) { return piece.count * item_size(piece, kGrad); };
-  schedule.take_batches(thread, taken, [&](const Piece* begin, const Piece* end) {
+  const auto read = [&](const Piece* begin, const Piece* end) {
     const Piece* const last = &schedule.pieces().back();
     // The piece after this one in which the byte lies that is kNormPrefetchBytes ahead, and how
     // many bytes it begins after this one does.
@@ -168,16 +168,17 @@ static void norms(const Schedule& schedule, int thread, Taken* taken, NormBlocks
       norm_piece(norm, *piece, *ahead, blocks);
       distance -= bytes(*piece);
     }
-  });
+  };
+  schedule.take_batches(thread, taken, /*backwards=*/false, read);
 }
 
 static void updates(const Schedule& schedule, int thread, Taken* taken, double factor) {
-  schedule.take_batches(thread, taken, [&](const Piece* begin, const Piece* end) {
+  const bool back = schedule.backwards();
+  schedule.take_batches(thread, taken, back, [&](const Piece* begin, const Piece* end) {
     const Piece* const first = &schedule.pieces().front();
     const Piece* const last = &schedule.pieces().back();
     const ptrdiff_t count = end - begin;
     for (ptrdiff_t i = 0; i < count; ++i) {
-      const bool back = schedule.backwards();
       const Piece* const piece = back ? end - 1 - i : begin + i;
       const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
       prefetch(*next, *piece);

@@ -56,9 +56,10 @@ class Schedule {
   };
   std::vector<Taken> none_taken() const { return std::vector<Taken>(static_cast<size_t>(shares_)); }
 
-  // Calls f(begin, end) for batches of pieces that no thread has taken yet, until there are none.
+  // Calls f(begin, end) for batches of pieces that no thread has taken yet, until there are none:
+  // those of each share from the first to the last, or backwards.
   template <class F>
-  void take_batches(int thread, std::vector<Taken>* taken, F f) const {
+  void take_batches(int thread, std::vector<Taken>* taken, bool backwards, F f) const {
     for (int i = 0; i < shares_; ++i) {
       const int share = (thread + i) % shares_;
       const size_t* const begin = batches_.data() + shares_begin_[share];
@@ -66,7 +67,7 @@ class Schedule {
       for (;;) {
         const size_t number = (*taken)[share].batches.fetch_add(1, std::memory_order_relaxed);
         if (number >= count) break;
-        const size_t* const batch = begin + (backwards_ ? count - 1 - number : number);
+        const size_t* const batch = begin + (backwards ? count - 1 - number : number);
         f(pieces_.data() + batch[0], pieces_.data() + batch[1]);
       }
     }
