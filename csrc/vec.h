@@ -52,13 +52,38 @@ Vec<T> abs(Vec<T> x) {
   return Vec<T>{x.lanes < 0 ? -x.lanes : x.lanes} + T(0);
 }
 
+// Floats, as many as a register has doubles. Of their conversion, GCC 12 makes four instructions.
+typedef float HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
+inline Vec<double> to_doubles(HalfLanes x) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_cvtps_pd(0xff, x)};
+#elif defined(__AVX2__)
+  return {_mm256_cvtps_pd(x)};
+#else
+  return {__builtin_convertvector(x, Vec<double>::Lanes)};
+#endif
+}
+
 inline Vec<double> load_as_double(const double* from) { return Vec<double>::load(from); }
 inline Vec<double> load_as_double(const float* from) {
-  typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
-  Floats floats;
+  HalfLanes floats;
   std::memcpy(&floats, from, sizeof(floats));
-  return {__builtin_convertvector(floats, Vec<double>::Lanes)};
+  return to_doubles(floats);
 }
+#if defined(__AVX512F__)
+inline Vec<double> load_as_double(const BFloat16* from) {
+  __m128i halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return to_doubles(bit_cast<HalfLanes>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+}
+#elif defined(__AVX2__)
+inline Vec<double> load_as_double(const BFloat16* from) {
+  int64_t halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const __m128i words = _mm_cvtepu16_epi32(_mm_cvtsi64_si128(halves));
+  return to_doubles(bit_cast<HalfLanes>(_mm_slli_epi32(words, 16)));
+}
+#endif
 
 // Torch's maximum: a NaN in either argument is the result.
 template <class T>

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_a_peer_that_fails_is_listed_with_the_reason() -> None:
     assert result.find("torch fused") is None
 
 
-@pytest.mark.parametrize("failing", [2, 3, 5])  # while warming up, twice, and afterwards
+@pytest.mark.parametrize("failing", [3, 6, 11])  # while warming up, twice, and afterwards
 def test_a_peer_that_fails_later_is_listed_too(failing: int) -> None:
     def some_step_fails(row: Row, params: list[Tensor]) -> Step:
         step, calls = build("torch fused")(row, params), []
@@ -169,15 +170,46 @@ def test_a_peer_that_fails_later_is_listed_too(failing: int) -> None:
 def test_who_steps_in_a_round(
     once: dict[str, float], repeats: int, budget: float, entered: tuple[int, int]
 ) -> None:
-    rounds = turns(once, repeats, budget)
+    rounds = turns(once, repeats, budget, thin=True)
     assert tuple(sum(name in names for names in rounds) for name in once) == entered
     assert all(len(set(names)) == len(names) for names in rounds)
 
 
+def test_all_step_in_each_round_where_caches_matter() -> None:
+    rounds = turns({"a": 0.1, "b": 0.5, "c": 0.5}, 0, 8.1, thin=False)
+    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * 7
+
+
 def test_contestants_step_in_changing_orders() -> None:
-    rounds = turns(dict.fromkeys("abc", 1.0), 60, 0)
+    rounds = turns(dict.fromkeys("abc", 1.0), 60, 0, thin=False)
     first = [names[0] for names in rounds]
     assert min(first.count(name) for name in "abc") > 10
+    assert all(names[-1] != following[0] for names, following in pairwise(rounds))
+
+
+def test_a_small_step_counts_after_the_contestants_own_steps() -> None:
+    stepped: list[str] = []
+
+    def emptied(name: str) -> Contestant:
+        def build(row: Row, params: list[Tensor]) -> Step:
+            def step() -> None:
+                if stepped[-1:] != [name]:  # as if all of its memory were out of cache
+                    time.sleep(0.005)
+                stepped.append(name)
+
+            return step
+
+        return Contestant(name, lambda row: True, build)
+
+    small = measure(TINY, [emptied("a"), emptied("b")], repeats=3)
+    for timing in small.timings:
+        assert timing.milliseconds < 1
+        assert timing.cold_milliseconds is not None
+        assert timing.cold_milliseconds > 5
+    large = measure(Row("1 x 4M", "SGD"), [emptied("a"), emptied("b")], repeats=3)
+    for timing in large.timings:
+        assert timing.milliseconds > 5
+        assert timing.cold_milliseconds is None
 
 
 def test_peers_are_chosen_by_name() -> None:
@@ -323,7 +355,7 @@ def test_json_returns_what_was_found(tmp_path: Path) -> None:
     report.write(path)
     assert asdict(read(path)) == asdict(report)
     path.write_text(json.dumps({"version": 0}))
-    with pytest.raises(ValueError, match="has version 0, expected 1: measure again"):
+    with pytest.raises(ValueError, match="has version 0, expected 2: measure again"):
         read(path)
 
 

@@ -79,13 +79,14 @@ def test_norm_of_many_tensors_on_any_number_of_threads(isa: str, order: float) -
 
 
 @each_isa
+@each_dtype
 @each_order
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [0, 5, 16, 4096, 9999])
 def test_norm_of_numbers_that_are_not_finite(
-    isa: str, order: float, special: float, place: int
+    isa: str, dtype: torch.dtype, order: float, special: float, place: int
 ) -> None:
-    x = values((10_000,), 1, torch.float32)
+    x = values((10_000,), 1, dtype)
     x[place] = special
     norm = engine_norm(isa, [x, torch.ones(3)], order, 2)
     assert math.isnan(norm) if math.isnan(special) else norm == math.inf

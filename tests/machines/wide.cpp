@@ -56,6 +56,7 @@ FUSEDOPT_WIDE_FN __m256i encode_f16(__m512 from) {
   std::memcpy(&to, halves, sizeof(to));
   return to;
 }
+FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvector(from, __m512d); }
 
 }  // namespace
 
@@ -63,6 +64,7 @@ FUSEDOPT_WIDE_FN __m256i encode_f16(__m512 from) {
 #undef _mm512_maskz_cvtps_ph
 #define _mm512_maskz_sqrt_ps(mask, x) sqrt_each(x)
 #define _mm512_maskz_sqrt_pd(mask, x) sqrt_each(x)
+#define _mm512_maskz_cvtps_pd(mask, x) decode_f32(x)
 #define _mm512_maskz_cvtph_ps(mask, x) decode_f16(x)
 #define _mm512_maskz_cvtps_ph(mask, x, rounding) encode_f16(x)
 #define _mm512_unpacklo_epi16(a, b) unpacklo_epi16(a, b)

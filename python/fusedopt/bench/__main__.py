@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=0, help="so many alone; by default all, and 1 for some rows"
     )
-    parser.add_argument("--repeats", type=int, default=0, help="steps of each contestant in a row")
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="rounds of each part; by default, as many as fit"
+    )
     parser.add_argument("--scaling", action="store_true", help="also from 1M to 400M parameters")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument(

@@ -24,6 +24,12 @@ from fusedopt.bench.rows import Row, parameters
 WARM_UP = 2
 FEWEST, MOST = 7, 300  # rounds after that
 THIN = 3  # see `turns`
+# A step that moves less than SMALL bytes finds some of its memory in caches: how much depends on
+# who stepped before. So that the ratio to one peer does not depend on which others there are, a
+# turn is then REPEATED steps. The last one counts, and the first is reported separately.
+SMALL, REPEATED = 64_000_000, 4
+Turn = list[float]
+"""The seconds of its steps."""
 _PROBE = "probe"
 _MOST_PROBED = 100_000_000  # elements: more would be no faster, and need memory
 
@@ -41,7 +47,7 @@ def measure(
     Args:
         row: what to step.
         contestants: those of them that enter the row; fusedopt first.
-        repeats: rounds with a step of every contestant; 0 for what `turns` makes of the budget.
+        repeats: rounds with a turn of every contestant; 0 for what `turns` makes of the budget.
         budget: in seconds.
         progress: told what is being done.
     """
@@ -62,14 +68,14 @@ def measure(
             steps.pop(contestant.name, None)
     probe, probe_bytes = bandwidth_probe(row)
     steps[_PROBE] = probe
-    seconds, failed = _interleave(steps, repeats, budget, row.device, progress)
+    taken, failed = _interleave(steps, row, repeats, budget, progress)
     for name, why in failed.items():
         timings[name].failed = why
     if any(contestant.compiles for contestant in contestants):
         torch._dynamo.reset()  # or it keeps the tensors
-    limit = probe_bytes / statistics.median(seconds.pop(_PROBE)) / 1e9
-    for name, samples in seconds.items():
-        _fill(timings[name], samples, row, limit)
+    limit = probe_bytes / _median_of(taken.pop(_PROBE), -1) / 1e9
+    for name, turns_taken in taken.items():
+        _fill(timings[name], turns_taken, row, limit)
     ours = timings.get(OURS)
     if ours is not None and not ours.failed:
         for timing in timings.values():
@@ -112,13 +118,14 @@ def _enter(
 
 def _interleave(
     steps: dict[str, Step],
+    row: Row,
     repeats: int,
     budget: float,
-    device: str,
     progress: Callable[[str], None],
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return the seconds of the steps of each, taken in turns, and which failed, and why."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+) -> tuple[dict[str, list[Turn]], dict[str, str]]:
+    """Return the turns of each contestant, and who failed, and why."""
+    steps_a_turn = REPEATED if row.bytes < SMALL else 1
+    taken: dict[str, list[Turn]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
 
     def take_turns(names: Iterable[str]) -> None:
@@ -126,7 +133,8 @@ def _interleave(
             if name in failed:
                 continue
             try:
-                seconds[name].append(_seconds(steps[name], device))
+                turn = [_seconds(steps[name], row.device) for _ in range(steps_a_turn)]
+                taken[name].append(turn)
             except Exception as error:  # such as a lack of memory
                 if name == _PROBE:
                     raise
@@ -136,52 +144,62 @@ def _interleave(
         for _ in range(WARM_UP):
             progress("warming up")
             take_turns(steps)
-        once = {name: min(seconds[name]) for name in steps if name not in failed}
-        rounds = turns(once, repeats, budget)
-        for samples in seconds.values():
-            samples.clear()
+        once = {name: min(map(sum, taken[name])) for name in steps if name not in failed}
+        rounds = turns(once, repeats, budget, thin=steps_a_turn == 1)
+        for warm_up in taken.values():
+            warm_up.clear()
         for i, names in enumerate(rounds):
             progress(f"round {i + 1} of {len(rounds)}")
             take_turns(names)
-    return {name: seconds[name] for name in steps if name not in failed}, failed
+    return {name: taken[name] for name in steps if name not in failed}, failed
 
 
-def turns(once: dict[str, float], repeats: int, budget: float) -> list[list[str]]:
-    """Return for each round who takes a step in it, in which order.
+def turns(once: dict[str, float], repeats: int, budget: float, *, thin: bool) -> list[list[str]]:
+    """Return for each round who takes a turn in it, in which order.
 
     All do, in an order drawn anew: one that always came after a step that frees gigabytes would pay
-    for it. Where there is time for few such rounds, those that take more than THIN times as long as
-    fusedopt, or the fastest if that is not among them, enter one round of THIN.
+    for it. Nobody takes two turns one after the other.
 
     Args:
-        once: the seconds of a step of each.
+        once: the seconds of a turn of each.
         repeats: so many rounds with all; 0 for as many as fit into the budget.
         budget: in seconds.
+        thin: where there is time for few such rounds, let those that take more than THIN times as
+            long as fusedopt, or the fastest if that is not among them, enter one round of THIN.
     """
     random = Random(0)
     fit = max(FEWEST, int(budget / sum(once.values())))
     fast = THIN * once.get(OURS, min(once.values()))
     slow = {name for name, seconds in once.items() if seconds > fast}
-    if fit >= FEWEST * THIN or repeats:
+    if not thin or fit >= FEWEST * THIN or repeats:
         slow = set()
     elif slow:
         mean = sum(seconds / (THIN if name in slow else 1) for name, seconds in once.items())
         fit = max(FEWEST * THIN, int(budget / mean))
-    rounds = []
+    rounds: list[list[str]] = []
     for i in range(repeats or min(MOST, fit)):
         names = [name for name in once if i % THIN == 0 or name not in slow]
         random.shuffle(names)
+        if rounds and names[0] == rounds[-1][-1]:
+            names.reverse()
         rounds.append(names)
     return rounds
 
 
-def _fill(timing: Timing, samples: list[float], row: Row, limit: float) -> None:
-    median = statistics.median(samples)
+def _fill(timing: Timing, turns_taken: list[Turn], row: Row, limit: float) -> None:
+    median = _median_of(turns_taken, -1)
     timing.milliseconds = median * 1e3
-    timing.spread = spread(samples)
+    if len(turns_taken[0]) > 1:
+        timing.cold_milliseconds = _median_of(turns_taken, 0) * 1e3
+    timing.spread = spread([turn[-1] for turn in turns_taken])
     timing.gigabytes_per_second = row.bytes / median / 1e9
     timing.share_of_limit = timing.gigabytes_per_second / limit
-    timing.samples = len(samples)
+    timing.samples = len(turns_taken)
+
+
+def _median_of(turns_taken: list[Turn], step: int) -> float:
+    """Return the median seconds of the first (0) or last (-1) steps of turns."""
+    return statistics.median(turn[step] for turn in turns_taken)
 
 
 def spread(samples: list[float]) -> float:
@@ -201,7 +219,7 @@ def _probed(row: Row) -> tuple[int, int]:
 def bandwidth_probe(row: Row) -> tuple[Step, int]:
     """Return the row's traffic with next to no arithmetic, and how many bytes it moves.
 
-    It is as large as the row's, up to a size, because a small one stays in caches. On a CPU,
+    It is as large as the row's, up to a size, so that it finds as much of it in caches. On a CPU,
     parameter and states are read and written and the gradient is read, as with an optimizer of one
     state or of two: the memory moves more bytes a second where there are two. On a GPU, one array
     is copied.

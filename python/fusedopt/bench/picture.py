@@ -117,5 +117,5 @@ def draw_scaling(rows: list[RowResult], path: Path, machine: dict[str, str]) -> 
     axes.set(xlabel="parameters, in one tensor", ylabel="milliseconds a step")
     axes.set_title(f"{largest.optimizer}: time of a step\n{_describe(machine)}", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)

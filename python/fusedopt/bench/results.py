@@ -13,7 +13,7 @@ import torch
 import fusedopt
 from fusedopt._engine import engine
 
-VERSION = 1
+VERSION = 2
 """Of the JSON's structure."""
 
 
@@ -24,6 +24,9 @@ class Timing:
     name: str
     milliseconds: float = 0.0
     """The median."""
+    cold_milliseconds: float | None = None
+    """The median of steps right after those of others, which empty caches; `milliseconds` is then
+    of steps after the contestant's own. None where a row is too large for that to matter."""
     spread: float = 0.0
     """The interquartile range, as a share of the median."""
     gigabytes_per_second: float = 0.0

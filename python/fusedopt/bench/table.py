@@ -32,12 +32,15 @@ def row_table(result: RowResult) -> Group:
     """Return one row of the benchmark as a table of its contestants."""
     title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
     title += f"at most {result.limit_gigabytes_per_second:.1f} GB/s"
-    columns = ["", "median", "spread", "GB/s", "of limit", "to fusedopt", "first step", "compile"]
-    table = _table(columns)
+    cells = {timing.name: _cells(timing) for timing in result.timings if not timing.failed}
+    some = next(iter(cells.values()), {})
+    columns = [name for name in some if any(each[name] for each in cells.values())]
+    table = _table(["", *columns])
     for timing in result.timings:
         if not timing.failed:
             style = "green" if timing.name == OURS else "red" if timing.wrong else None
-            table.add_row(timing.name, *_cells(timing), style=style)
+            texts = (cells[timing.name][name] for name in columns)
+            table.add_row(timing.name, *texts, style=style)
     wrong = [
         Text(f"  {t.name} has wrong numbers: {t.wrong}", style="red")
         for t in result.timings
@@ -47,17 +50,22 @@ def row_table(result: RowResult) -> Group:
     return _under(title, table, *wrong, *_notes(failed))
 
 
-def _cells(timing: Timing) -> list[str]:
+def _milliseconds(time: float | None) -> str:
+    return "" if time is None else f"{time:.3f} ms"
+
+
+def _cells(timing: Timing) -> dict[str, str]:
     compiling = timing.compile_seconds
-    return [
-        f"{timing.milliseconds:.3f} ms",
-        f"{timing.spread:.0%}",
-        f"{timing.gigabytes_per_second:.1f}",
-        f"{timing.share_of_limit:.0%}",
-        "" if timing.ratio is None else f"{timing.ratio:.2f}x",
-        f"{timing.first_step_seconds:.3f} s",
-        "" if compiling is None else f"{compiling:.1f} s",
-    ]
+    return {
+        "median": _milliseconds(timing.milliseconds),
+        "spread": f"{timing.spread:.0%}",
+        "GB/s": f"{timing.gigabytes_per_second:.1f}",
+        "of limit": f"{timing.share_of_limit:.0%}",
+        "to fusedopt": "" if timing.ratio is None else f"{timing.ratio:.2f}x",
+        "after others": _milliseconds(timing.cold_milliseconds),
+        "first step": f"{timing.first_step_seconds:.3f} s",
+        "compile": "" if compiling is None else f"{compiling:.1f} s",
+    }
 
 
 def first_steps_table(result: RowResult) -> Group:
@@ -106,7 +114,7 @@ def print_summary(console: Console, report: Report) -> None:
         ours, peer = row.find(OURS), best_peer(row)
         table.add_row(
             row.row,
-            f"{ours.milliseconds:.3f} ms" if ours else "failed",
+            _milliseconds(ours.milliseconds) if ours else "failed",
             f"{ours.share_of_limit:.0%}" if ours else "",
             peer.name if peer else "none",
             f"{peer.ratio:.2f}x" if peer and peer.ratio else "",
