@@ -212,6 +212,13 @@ def test_a_small_step_counts_after_the_contestants_own_steps() -> None:
         assert timing.cold_milliseconds is None
 
 
+def test_all_take_as_many_turns_where_a_step_is_small() -> None:
+    slow = Contestant("slow", lambda row: True, lambda row, params: lambda: time.sleep(0.002))
+    fast = Contestant("fast", lambda row: True, lambda row, params: lambda: None)
+    small = measure(TINY, [slow, fast], budget=0)
+    assert small.timings[0].samples == small.timings[1].samples
+
+
 def test_peers_are_chosen_by_name() -> None:
     def names(peers: str, quick: bool = False) -> list[str]:
         return [c.name for c in contestants(peers, quick) if not c.name.startswith(OURS)]
