@@ -1,29 +1,59 @@
 """Measures rows of docs/performance.md anew, and all of them without --rows.
 
-    python tools/measure_page.py [--rows TEXT]... [--once]
+    python tools/measure_page.py [--rows TEXT]... [--runs NAME...]
 
 Each row gets a process of its own, so that nothing depends on which contestants came before: how
 the allocator treats the temporary arrays of peers does, by a factor of two. What is found replaces
 the row of that name, so that one may measure some rows now and others later, on the same machine.
-After all rows comes a second run of them, for docs/performance_again.json, unless --once is given.
+After all rows comes a second run of them, and then two runs of some of them with memory that stays
+in the process: see RUNS.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fusedopt.bench.results import Report, machine, read
 
 DOCS = Path(__file__).parent.parent / "docs"
-FIRST, AGAIN = DOCS / "performance.json", DOCS / "performance_again.json"
 BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
 ONCE = ("overhead:", "training:", "scaling:")  # parts of which there is no second run
+
+# Rows whose peers have large temporary arrays. glibc returns such memory to the kernel after each
+# step, and what it takes to get it anew changes from hour to hour; with KEEP, it does not.
+KEPT = ("GPT-2 124M, AdamW", "GPT-2 124M, RMSprop", "GPT-2 124M, Lion", "ResNet-50, AdamW")
+KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"}
+
+
+class Run(NamedTuple):
+    """What is measured for a file."""
+
+    path: Path
+    has: Callable[[str], bool]
+    environment: dict[str, str]
+
+
+def _is_repeated(name: str) -> bool:
+    return not name.startswith(ONCE)
+
+
+def _is_kept(name: str) -> bool:
+    return name.rsplit(", ", 1)[0] in KEPT
+
+
+RUNS = {
+    "first": Run(DOCS / "performance.json", lambda name: True, {}),
+    "again": Run(DOCS / "performance_again.json", _is_repeated, {}),
+    "kept": Run(DOCS / "performance_kept.json", _is_kept, KEEP),
+    "kept-again": Run(DOCS / "performance_kept_again.json", _is_kept, KEEP),
+}
 
 T = TypeVar("T")
 
@@ -36,11 +66,12 @@ def chosen(rows: list[str]) -> list[str]:
     return listed.splitlines()[1:]
 
 
-def measured(name: str) -> Report:
+def measured(name: str, environment: dict[str, str]) -> Report:
     """Run the benchmark for one part."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        subprocess.run([*BENCH, "--rows", name, "--json", path], check=True)
+        command = [*BENCH, "--rows", name, "--json", str(path)]
+        subprocess.run(command, check=True, env={**os.environ, **environment})
         return read(path)
 
 
@@ -80,18 +111,19 @@ def main() -> None:
     """Measure, and write each part to the files as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", action="append", default=[], metavar="TEXT")
-    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     options = parser.parse_args()
     names = chosen(options.rows)
     if not names:
         parser.error("no row has such a name: python -m fusedopt.bench --scaling --list")
-    for path in (FIRST,) if options.once else (FIRST, AGAIN):
-        parts = names if path == FIRST else [name for name in names if not name.startswith(ONCE)]
-        report = read(path) if options.rows and path.exists() else Report(machine("cpu"))
+    for run in (RUNS[name] for name in options.runs):
+        parts = [name for name in names if run.has(name)]
+        fresh = not options.rows or not run.path.exists()
+        report = Report(machine("cpu")) if fresh else read(run.path)
         for i, name in enumerate(parts):
-            print(f"part {i + 1} of {len(parts)}, for {path.name}", flush=True)
-            merge(report, measured(name))
-            report.write(path)
+            print(f"part {i + 1} of {len(parts)}, for {run.path.name}", flush=True)
+            merge(report, measured(name, run.environment))
+            report.write(run.path)
 
 
 if __name__ == "__main__":

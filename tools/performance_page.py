@@ -1,6 +1,7 @@
 """Writes the figures of docs/performance.json into docs/performance.md, and draws its pictures.
 
-docs/performance_again.json is a second run, of the same rows or of some of them.
+docs/performance_again.json is a second run, of the same rows or of some of them; the two files
+docs/performance_kept*.json are runs with memory that stays in the process.
 
     python tools/performance_page.py [--check]
 
@@ -206,9 +207,26 @@ def scaling(report: Report) -> str:
 
 def again(report: Report) -> str:
     """How far the ratios of a second run are from those of the first."""
-    second = {row.row: row for row in read(DOCS / "performance_again.json").rows}
+    return repeated(report, read(DOCS / "performance_again.json"))
+
+
+def kept(_: Report) -> str:
+    """The step where memory stays in the process."""
+    return step_table(read(DOCS / "performance_kept.json").rows)
+
+
+def kept_again(_: Report) -> str:
+    """How far the ratios are apart there."""
+    return repeated(
+        read(DOCS / "performance_kept.json"), read(DOCS / "performance_kept_again.json")
+    )
+
+
+def repeated(first: Report, again: Report) -> str:
+    """Return how far the ratios of two runs are apart."""
+    second = {row.row: row for row in again.rows}
     lines, near, everything = [], 0, 0
-    for row in report.rows:
+    for row in first.rows:
         pairs = [
             (abs(timing.ratio / other.ratio - 1), timing.name, other.ratio, timing.ratio)
             for timing in row.timings
@@ -232,7 +250,7 @@ def again(report: Report) -> str:
 
 BLOCKS: list[Callable[[Report], str]] = [
     *(machine, peers, float32, cold, clip, scaler, bfloat16, one_thread),
-    *(first_step, overhead, training, scaling, again),
+    *(first_step, overhead, training, scaling, again, kept, kept_again),
 ]
 
 
