@@ -52,7 +52,8 @@ Vec<T> abs(Vec<T> x) {
   return Vec<T>{x.lanes < 0 ? -x.lanes : x.lanes} + T(0);
 }
 
-// Floats, as many as a register has doubles. Of their conversion, GCC 12 makes four instructions.
+// Floats, as many as a register has doubles. Of a __builtin_convertvector, GCC 12 makes four
+// instructions.
 typedef float HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
 inline Vec<double> to_doubles(HalfLanes x) {
 #if defined(__AVX512F__)

@@ -5,8 +5,8 @@
 Each row gets a process of its own, so that nothing depends on which contestants came before: how
 the allocator treats the temporary arrays of peers does, by a factor of two. What is found replaces
 the row of that name, so that one may measure some rows now and others later, on the same machine.
-After all rows comes a second run of them, and then two runs of some of them with memory that stays
-in the process: see RUNS.
+After that comes a second run, without overhead, training and scaling, and then two runs of some
+rows with memory that stays in the process: see RUNS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
 ONCE = ("overhead:", "training:", "scaling:")  # parts of which there is no second run
 
-# Rows whose peers have large temporary arrays. glibc returns such memory to the kernel after each
-# step, and what it takes to get it anew changes from hour to hour; with KEEP, it does not.
+# Some rows whose peers have large temporary arrays. glibc returns such memory to the kernel after
+# each step, and what it takes to get it anew changes from hour to hour; with KEEP, it does not.
 KEPT = ("GPT-2 124M, AdamW", "GPT-2 124M, RMSprop", "GPT-2 124M, Lion", "ResNet-50, AdamW")
 KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"}
 
@@ -45,7 +45,8 @@ def _is_repeated(name: str) -> bool:
 
 
 def _is_kept(name: str) -> bool:
-    return name.rsplit(", ", 1)[0] in KEPT
+    row, _, threads = name.rpartition(", ")
+    return row in KEPT and threads != "1 thread"
 
 
 RUNS = {

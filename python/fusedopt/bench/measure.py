@@ -164,8 +164,8 @@ def turns(once: dict[str, float], repeats: int, budget: float, *, thin: bool) ->
         once: the seconds of a turn of each.
         repeats: so many rounds with all; 0 for as many as fit into the budget.
         budget: in seconds.
-        thin: where there is time for few such rounds, let those that take more than THIN times as
-            long as fusedopt, or the fastest if that is not among them, enter one round of THIN.
+        thin: whether, where there is time for few such rounds, those that take more than THIN times
+            as long as fusedopt (or the fastest, if that is not among them) enter one round of THIN.
     """
     random = Random(0)
     fit = max(FEWEST, int(budget / sum(once.values())))
