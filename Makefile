@@ -39,7 +39,7 @@ bench: .venv/installed
 ## make bench-peers    the same, with all peers that it knows installed beside torch
 bench-peers: .venv/peers bench
 
-## make bench-docs     measure docs/performance.md anew, twice or more, for hours; ARGS="--rows TEXT" less
+## make bench-docs     measure docs/performance.md anew, an hour and a half; ARGS="--rows TEXT" less
 bench-docs: export PATH := $(CURDIR)/$(RUN):$(PATH)
 bench-docs: .venv/peers .venv/installed
 	$(RUN)/python tools/measure_page.py $(ARGS)

@@ -252,7 +252,7 @@ void norm_blocks(const Stream& stream, int64_t first, int64_t count, const void*
       case DType::f64:
         *blocks++ = norm_in_place(reinterpret_cast<const double*>(stream.data), n);
         break;
-#if defined(__AVX2__)  // elsewhere, a tile takes less time than converting in registers
+#if defined(__AVX2__)  // for the generic kernels, a tile takes less time
       case DType::bf16:
         *blocks++ = norm_in_place(reinterpret_cast<const BFloat16*>(stream.data), n);
         break;

@@ -442,11 +442,12 @@ def test_a_row_that_is_measured_anew_takes_the_place_of_the_old_one() -> None:
         measure_page.merge(page, report(more))
 
 
-def test_the_page_measures_rows_that_exist_with_memory_kept() -> None:
-    names = [str(row) for row in rows.main_rows(2, "cpu")]
-    kept = [name for name in names if measure_page.RUNS["kept"].has(name)]
-    assert sorted(name.rsplit(", ", 1)[0] for name in kept) == sorted(measure_page.KEPT)
-    assert not any(measure_page.RUNS["again"].has(name) for name in ("training: GPT", "scaling: 1"))
+@pytest.mark.parametrize("of", measure_page.RUNS.values(), ids=list(measure_page.RUNS))
+def test_the_page_has_the_rows_that_are_measured_for_it(of: measure_page.Run) -> None:
+    report = read(of.path)
+    names = {str(row) for row in rows.main_rows(int(report.machine["threads"]), "cpu")}
+    measured = {name for name in names if measure_page.is_on_page(name) and of.has(name)}
+    assert {row.row for row in report.rows} == measured
 
 
 def test_the_page_has_the_figures_of_its_json() -> None:

@@ -1,4 +1,4 @@
-"""Measures rows of docs/performance.md anew, and all of them without --rows.
+"""Measures the rows of docs/performance.md anew: without --rows, those of PAGE.
 
     python tools/measure_page.py [--rows TEXT]... [--runs NAME...]
 
@@ -21,14 +21,32 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from fusedopt.bench.results import Report, machine, read
+from fusedopt.bench.rows import MODELS, optimizers
 
 DOCS = Path(__file__).parent.parent / "docs"
 BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
 ONCE = ("overhead:", "training:", "scaling:")  # parts of which there is no second run
 
+# The rows of the page, on all threads and on one.
+PAGE = {
+    *(
+        f"{model}, {each}"
+        for model in ("GPT-2 124M", "1 x 100M", "10 x 1M")
+        for each in optimizers()
+    ),
+    *(f"{model}, AdamW" for model in MODELS),
+    *(f"{model}, AdamW, clip" for model in ("GPT-2 124M", "ResNet-50", "1000 x 1K")),
+    *(f"GPT-2 124M, {each}, clip" for each in ("SGD", "RMSprop", "Lion")),
+    "GPT-2 124M, AdamW, GradScaler and clip",
+    "GPT-2 124M, AdamW, bfloat16",
+    "GPT-2 124M, AdamW, clip, bfloat16",
+    "GPT-2 124M, Lion, bfloat16",
+}
+ON_ONE_THREAD = {"GPT-2 124M, AdamW", "10 x 1M, AdamW", "1000 x 1K, AdamW"}
+
 # Some rows whose peers have large temporary arrays. glibc returns such memory to the kernel after
 # each step, and what it takes to get it anew changes from hour to hour; with KEEP, it does not.
-KEPT = ("GPT-2 124M, AdamW", "GPT-2 124M, RMSprop", "GPT-2 124M, Lion", "ResNet-50, AdamW")
+KEPT = {"GPT-2 124M, AdamW", "GPT-2 124M, RMSprop", "GPT-2 124M, Lion", "ResNet-50, AdamW"}
 KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"}
 
 
@@ -40,13 +58,22 @@ class Run(NamedTuple):
     environment: dict[str, str]
 
 
+def _is_of(rows: set[str], on_one_thread: set[str], name: str) -> bool:
+    row, _, threads = name.rpartition(", ")
+    return row in (on_one_thread if threads == "1 thread" else rows)
+
+
+def is_on_page(name: str) -> bool:
+    """Return whether the page has this part."""
+    return name.startswith(ONCE) or _is_of(PAGE, ON_ONE_THREAD, name)
+
+
 def _is_repeated(name: str) -> bool:
     return not name.startswith(ONCE)
 
 
 def _is_kept(name: str) -> bool:
-    row, _, threads = name.rpartition(", ")
-    return row in KEPT and threads != "1 thread"
+    return _is_of(KEPT, set(), name)
 
 
 RUNS = {
@@ -60,11 +87,11 @@ T = TypeVar("T")
 
 
 def chosen(rows: list[str]) -> list[str]:
-    """Return the names of all parts that these texts choose."""
+    """Return the names of all parts that these texts choose, or of those on the page."""
     options = [option for text in rows for option in ("--rows", text)]
     command = [*BENCH, "--list", "--peers", "none", *options]
     listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return listed.splitlines()[1:]
+    return [name for name in listed.splitlines()[1:] if rows or is_on_page(name)]
 
 
 def measured(name: str, environment: dict[str, str]) -> Report:

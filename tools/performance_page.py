@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fusedopt.bench.contestants import OURS
 from fusedopt.bench.picture import draw_rows, draw_scaling
-from fusedopt.bench.results import Report, RowResult, read
+from fusedopt.bench.results import Report, RowResult, Timing, read
 from fusedopt.bench.table import best_peer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,15 +65,18 @@ def ratio(row: RowResult, peer: str, *, cold: bool = False) -> str:
 
     cold: of steps right after those of others.
     """
-    ours, theirs = row.find(OURS), row.find(peer)
-    if theirs is None:
+
+    def time(timing: Timing | None) -> float | None:
+        if timing is None:
+            return None
+        return timing.cold_milliseconds if cold else timing.milliseconds
+
+    found = row.find(peer)
+    ours, theirs = time(row.find(OURS)), time(found)
+    if found is None or theirs is None:
         return ""
-    time, our_time = (
-        timing and (timing.cold_milliseconds if cold else timing.milliseconds)
-        for timing in (theirs, ours)
-    )
-    text = f"{time / our_time:.2f}x" if time and our_time else f"{time:.2f} ms"
-    return f"{text} (wrong)" if theirs.wrong else text
+    text = f"{theirs / ours:.2f}x" if ours else f"{theirs:.2f} ms"
+    return f"{text} (wrong)" if found.wrong else text
 
 
 def select(report: Report, mode: str, dtype: str = "float32", one: bool = False) -> list[RowResult]:
