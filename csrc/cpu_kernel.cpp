@@ -32,6 +32,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #include "codec.h"
+#include "average.h"
 #include "rules.h"
 #include "vec.h"
 

@@ -18,12 +18,17 @@ FUSEDOPT_FN T max(T a, T b) {
   return a > b || a != a ? a : b;
 }
 template <class T>
+FUSEDOPT_FN T min(T a, T b) {
+  return a > b ? b : a;
+}
+template <class T>
 FUSEDOPT_FN T sign(T x) {
   return x > 0 ? T(1) : (x < 0 ? T(-1) : T(0));
 }
 
 #include "codec.h"
 #include "cuda_access.h"
+#include "average.h"
 #include "rules.h"
 
 // ---- an update ----------------------------------------------------------------------------------

@@ -100,6 +100,29 @@ Vec<T> sign(Vec<T> x) {
   return {x.lanes > 0 ? one.lanes : (x.lanes < 0 ? -one.lanes : zero.lanes)};
 }
 
+// NaN where x is. (GCC 12 compares and blends where one instruction would do.)
+#if defined(__AVX512F__)
+inline Vec<float> min(Vec<float> x, float most) {
+  return {_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(most), x.lanes)};
+}
+inline Vec<double> min(Vec<double> x, double most) {
+  return {_mm512_maskz_min_pd(0xff, _mm512_set1_pd(most), x.lanes)};
+}
+#elif defined(__AVX2__)
+inline Vec<float> min(Vec<float> x, float most) {
+  return {_mm256_min_ps(_mm256_set1_ps(most), x.lanes)};
+}
+inline Vec<double> min(Vec<double> x, double most) {
+  return {_mm256_min_pd(_mm256_set1_pd(most), x.lanes)};
+}
+#else
+template <class T>
+Vec<T> min(Vec<T> x, T most) {
+  const typename Vec<T>::Lanes all = Vec<T>{}.lanes + most;
+  return {x.lanes > all ? all : x.lanes};
+}
+#endif
+
 // One intrinsic an instruction set: compilers do not reliably vectorize a loop of sqrt over lanes.
 #if defined(__AVX512F__)
 // (The forms without a mask warn of an uninitialized variable inside GCC 12's own header.)
@@ -187,6 +210,7 @@ struct BFloat16Vec {
   friend BFloat16Vec sqrt(BFloat16Vec x) { return {sqrt(x.a), sqrt(x.b)}; }
   friend BFloat16Vec sign(BFloat16Vec x) { return {sign(x.a), sign(x.b)}; }
   friend BFloat16Vec max(BFloat16Vec x, BFloat16Vec y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+  friend BFloat16Vec min(BFloat16Vec x, float y) { return {min(x.a, y), min(x.b, y)}; }
 };
 
 // The first n elements, 0 < n < V::kLanes; memory after them is not touched.

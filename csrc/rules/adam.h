@@ -1,6 +1,6 @@
 // Adam (Kingma & Ba 2014, arXiv:1412.6980), AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) and
 // AMSGrad (Reddi et al. 2018, arXiv:1904.09237). AdamW is the rule with kCoupled = false; without
-// coupled decay, decay = 1 - lr * weight_decay. Readable spec: reference() in
+// coupled decay, decay = lr * weight_decay. Readable spec: reference() in
 // python/fusedopt/adam.py
 
 template <class T, bool kCoupled, bool kAmsgrad>
@@ -10,7 +10,7 @@ struct Adam {
       step_size;
 
   FUSEDOPT_FN void fold(double lr, double t) {
-    decay = kCoupled ? 1 : 1 - lr * weight_decay;
+    decay = kCoupled ? 0 : lr * weight_decay;
     inv_sqrt_bias2 = 1 / sqrt(1 - pow(beta2, t));
     step_size = lr / (1 - pow(beta1, t));
   }
@@ -19,15 +19,13 @@ struct Adam {
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     V& m = state[0];
     V& v = state[1];
-    if constexpr (kCoupled) {
-      g = g + p * weight_decay;
-    } else {
-      p = p * decay;
-    }
-    m = m * beta1 + g * one_minus_beta1;
-    v = v * beta2 + (g * g) * one_minus_beta2;
+    if constexpr (kCoupled) g = g + p * weight_decay;
+    m = accumulate(m, g * one_minus_beta1, one_minus_beta1);
+    v = average_square(v, g, one_minus_beta2);
     V second = v;
     if constexpr (kAmsgrad) second = state[2] = max(state[2], v);
-    p = p - m * step_size / (sqrt(second) * inv_sqrt_bias2 + eps);
+    V update = m * step_size / (sqrt(second) * inv_sqrt_bias2 + eps);
+    if constexpr (!kCoupled) update = update + p * decay;
+    p = p - update;
   }
 };

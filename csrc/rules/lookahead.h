@@ -12,7 +12,7 @@ struct Lookahead {
   template <class V>
   FUSEDOPT_FN void operator()(V& p, V, V* state) const {
     V& slow = state[0];
-    slow = slow + (p - slow) * alpha;
+    slow = accumulate(slow, p * alpha, alpha);
     p = slow;
   }
 };

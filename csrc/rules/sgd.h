@@ -15,11 +15,12 @@ struct Sgd {
   }
 };
 
-// A parameter's first step has momentum_in = 0 and grad_weight = 1: its zero buffer becomes g.
+// forget = 1 - momentum; a parameter's first step has forget = 1 and grad_weight = 1: its zero
+// buffer becomes g.
 template <class T, bool kDecay, bool kNesterov>
 struct SgdMomentum {
   static constexpr int kStates = 1;
-  T weight_decay, momentum_in, grad_weight, momentum, lr;
+  T weight_decay, forget, grad_weight, momentum, lr;
 
   FUSEDOPT_FN void fold(double new_lr, double) { lr = new_lr; }
 
@@ -27,7 +28,7 @@ struct SgdMomentum {
   FUSEDOPT_FN void operator()(V& p, V g, V* state) const {
     V& buf = state[0];
     if constexpr (kDecay) g = g + p * weight_decay;
-    buf = buf * momentum_in + g * grad_weight;
+    buf = accumulate(buf, g * grad_weight, forget);
     if constexpr (kNesterov) {
       g = g + buf * momentum;
     } else {

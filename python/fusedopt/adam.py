@@ -9,6 +9,7 @@ import torch
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
+from fusedopt._numeric import accumulate, average_square, maximum
 
 
 def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
@@ -18,7 +19,7 @@ def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
     decoupled = group["decoupled_weight_decay"]
     return {
         "weight_decay": weight_decay,
-        "decay": 1 - number(group["lr"]) * weight_decay if decoupled else 1.0,
+        "decay": number(group["lr"]) * weight_decay if decoupled else 0.0,
         "beta1": beta1,
         "one_minus_beta1": 1 - beta1,
         "beta2": beta2,
@@ -84,14 +85,15 @@ class Adam(Fused, torch.optim.Adam):
         coupled, amsgrad = flags
         if coupled:
             g = g + p * weight_decay
-        else:
-            p = p * decay
-        m = m * beta1 + g * one_minus_beta1
-        v = v * beta2 + (g * g) * one_minus_beta2
+        m = accumulate(m, g * one_minus_beta1, one_minus_beta1)
+        v = average_square(v, g, one_minus_beta2)
         second = v
         if amsgrad:
-            second = v_max = _maximum(v_max, v)
-        p = p - m * step_size / (second**0.5 * inv_sqrt_bias2 + eps)
+            second = v_max = maximum(v_max, v)
+        update = m * step_size / (second**0.5 * inv_sqrt_bias2 + eps)
+        if not coupled:
+            update = update + p * decay
+        p = p - update
         return (p, m, v, v_max) if amsgrad else (p, m, v)
 
 
@@ -100,11 +102,3 @@ class AdamW(Adam, torch.optim.AdamW):
 
     Source: Loshchilov & Hutter 2017, arXiv:1711.05101. Formula, state, dtypes: see `Adam`.
     """
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    """Return the elementwise maximum, NaN where either is, and b of two equal ones."""
-    larger = b * 1
-    take = (a > b) | (a != a)  # noqa: PLR0124  (true for NaN alone)
-    larger[take] = a[take]
-    return larger

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Options, Rule
 from fusedopt._engine import number
+from fusedopt._numeric import accumulate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,10 +80,8 @@ class Lion(Fused, Optimizer):
         weight_decay = number(group["weight_decay"])
         return {
             "weight_decay": weight_decay,
-            "decay": 1 - lr * weight_decay,
-            "beta1": beta1,
+            "decay": lr * weight_decay,
             "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
             "lr": lr,
         }
@@ -95,18 +94,16 @@ class Lion(Fused, Optimizer):
         *,
         weight_decay: float,
         decay: float,
-        beta1: float,
         one_minus_beta1: float,
-        beta2: float,
         one_minus_beta2: float,
         lr: float,
         flags: tuple[bool, ...] = (),
     ) -> tuple[Any, ...]:
-        c = m * beta1 + g * one_minus_beta1
+        c = accumulate(m, g * one_minus_beta1, one_minus_beta1)
         one = c**0
         sign = (c > 0) * one - (c < 0) * one
-        p = p * decay - sign * lr
-        m = m * beta2 + g * one_minus_beta2
+        p = p - (sign * lr + p * decay)
+        m = accumulate(m, g * one_minus_beta2, one_minus_beta2)
         return p, m
 
     @torch.no_grad()

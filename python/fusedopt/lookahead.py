@@ -15,6 +15,7 @@ from fusedopt import _engine
 from fusedopt._base import SLOW, Fused
 from fusedopt._clipping import found_inf
 from fusedopt._hooked import Hooked
+from fusedopt._numeric import accumulate
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}
@@ -192,5 +193,5 @@ class Lookahead(Hooked):
     def reference(  # noqa: D102  (the class docstring has the formula)
         p: Any, slow: Any, *, alpha: float
     ) -> tuple[Any, Any]:
-        slow = slow + (p - slow) * alpha
+        slow = accumulate(slow, p * alpha, alpha)
         return slow, slow

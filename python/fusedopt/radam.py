@@ -9,6 +9,7 @@ import torch
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
+from fusedopt._numeric import accumulate, average_square
 from fusedopt.adam import decay_and_betas
 
 
@@ -77,13 +78,13 @@ class RAdam(Fused, torch.optim.RAdam):
         (coupled,) = flags
         if coupled:
             g = g + p * weight_decay
-        else:
-            p = p * decay
-        m = m * beta1 + g * one_minus_beta1
-        v = v * beta2 + (g * g) * one_minus_beta2
+        m = accumulate(m, g * one_minus_beta1, one_minus_beta1)
+        v = average_square(v, g, one_minus_beta2)
         update = m * step_size
         if rectified:
             update = update / (v**0.5 + eps)
+        if not coupled:
+            update = update + p * decay
         p = p - update
         return p, m, v
 

@@ -8,6 +8,7 @@ import torch
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
+from fusedopt._numeric import accumulate, average_square, epsilon, largest, maximum, minimum
 
 
 class RMSprop(Fused, torch.optim.RMSprop):
@@ -22,10 +23,12 @@ class RMSprop(Fused, torch.optim.RMSprop):
         p &\leftarrow p - \gamma b_t
 
     with lr :math:`\gamma`, alpha :math:`\alpha`, eps :math:`\epsilon`, momentum :math:`\mu` and
-    weight decay :math:`\lambda`; :math:`a = 0` unless ``centered=True``. Gradients are negated
-    first with ``maximize=True``. State: ``step`` (0-dim float32, CPU), ``square_avg`` :math:`v`,
-    ``grad_avg`` :math:`a` if centered, ``momentum_buffer`` :math:`b` with momentum, of the
-    parameter's shape, dtype and strides.
+    weight decay :math:`\lambda`; :math:`a = 0` unless ``centered=True``. What rounding leaves of
+    :math:`v_t - a_t^2` counts at least as :math:`\alpha (1 - \alpha) (g - a_{t-1})^2 + \varepsilon
+    a_t^2` with the :math:`\varepsilon` of the precision, so it is never negative. Gradients are
+    negated first with ``maximize=True``. State: ``step`` (0-dim float32, CPU), ``square_avg``
+    :math:`v`, ``grad_avg`` :math:`a` if centered, ``momentum_buffer`` :math:`b` with momentum, of
+    the parameter's shape, dtype and strides.
 
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Hinton 2012, lecture 6e; centered: Graves 2013, arXiv:1308.0850.
@@ -47,7 +50,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
             "alpha": alpha,
             "one_minus_alpha": 1 - alpha,
             "eps": number(group["eps"]),
-            "momentum": number(group["momentum"]),
+            "one_minus_momentum": 1 - number(group["momentum"]),
             "lr": number(group["lr"]),
         }
 
@@ -61,22 +64,26 @@ class RMSprop(Fused, torch.optim.RMSprop):
         alpha: float,
         one_minus_alpha: float,
         eps: float,
-        momentum: float,
+        one_minus_momentum: float,
         lr: float,
         flags: tuple[bool, ...],
     ) -> tuple[Any, ...]:
         decay, centered, has_momentum = flags
         if decay:
             g = g + p * weight_decay
-        v = v * alpha + (g * g) * one_minus_alpha
+        v = average_square(v, g, one_minus_alpha)
         states: tuple[Any, ...] = (v,)
         variance = v
         if centered:
-            mean = others[0] * alpha + g * one_minus_alpha
-            variance = v - mean * mean
+            mean = others[0]
+            deviation = g - mean
+            mean = mean + deviation * one_minus_alpha
+            square = minimum(mean * mean, largest(mean))
+            least = deviation * one_minus_alpha * deviation * alpha
+            variance = maximum(v - square, least + square * epsilon(mean))
             states += (mean,)
         update = g / (variance**0.5 + eps)
         if has_momentum:
-            update = others[-1] * momentum + update
+            update = accumulate(others[-1], update, one_minus_momentum)
             states += (update,)
         return p - update * lr, *states

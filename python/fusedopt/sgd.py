@@ -8,6 +8,7 @@ import torch
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
+from fusedopt._numeric import accumulate
 
 
 class SGD(Fused, torch.optim.SGD):
@@ -44,7 +45,7 @@ class SGD(Fused, torch.optim.SGD):
         first = t == 1
         return {
             "weight_decay": weight_decay,
-            "momentum_in": 0.0 if first else momentum,
+            "forget": 1.0 if first else 1 - momentum,
             "grad_weight": 1.0 if first else 1 - number(group["dampening"]),
             "momentum": momentum,
             "lr": lr,
@@ -57,7 +58,7 @@ class SGD(Fused, torch.optim.SGD):
         buf: Any = None,
         *,
         weight_decay: float,
-        momentum_in: float = 0,
+        forget: float = 1,
         grad_weight: float = 0,
         momentum: float = 0,
         lr: float,
@@ -68,6 +69,6 @@ class SGD(Fused, torch.optim.SGD):
             g = g + p * weight_decay
         if buf is None:
             return (p - g * lr,)
-        buf = buf * momentum_in + g * grad_weight
+        buf = accumulate(buf, g * grad_weight, forget)
         g = g + buf * momentum if nesterov[0] else buf
         return p - g * lr, buf
