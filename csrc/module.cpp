@@ -1,9 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda.h"
-#include "schedule.h"
-#include "step.h"
+#include "cuda/kernel.h"
+#include "engine/schedule.h"
+#include "step/interface.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
 #endif

@@ -17,7 +17,7 @@ namespace fusedopt {
 namespace cuda {
 namespace {
 
-#include "cuda_device.h"
+#include "cuda/device.h"
 
 struct Team {
   template <class F>

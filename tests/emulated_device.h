@@ -1,7 +1,7 @@
 // What tests ask of tests/emulated_device.cpp beside its kernels.
 #pragma once
 
-#include "cuda.h"
+#include "cuda/kernel.h"
 
 namespace fusedopt {
 namespace cuda {

@@ -28,7 +28,7 @@ compile() { # ARCH
   local to=$out/sm_$1
   mkdir -p "$to"
   nvcc "${flags[@]}" -gencode "arch=compute_$1,code=sm_$1" -Xptxas=-v --keep --keep-dir "$to" \
-    -c csrc/cuda_kernel.cu -o "$to/cuda_kernel.o" 2>"$to/log" || { cat "$to/log" >&2; return 1; }
+    -c csrc/cuda/kernel.cu -o "$to/kernel.o" 2>"$to/log" || { cat "$to/log" >&2; return 1; }
 }
 jobs=()
 for arch in "${archs[@]}"; do
@@ -38,7 +38,7 @@ done
 for job in "${jobs[@]}"; do wait "$job"; done
 
 for arch in "${archs[@]}"; do
-  log=$out/sm_$arch/log ptx=$out/sm_$arch/cuda_kernel.ptx
+  log=$out/sm_$arch/log ptx=$out/sm_$arch/kernel.ptx
   kernels=$(grep --count 'Compiling entry function' "$log")
   frames=$(grep 'bytes stack frame' "$log" |
     grep --invert-match --count ' 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads') || true

@@ -5,7 +5,7 @@
 # instruction set would die of it.
 set -euo pipefail
 
-mapfile -t objects < <(find "$@" -path '*/fusedopt_*.dir/*' -name 'cpu_kernel.cpp.o')
+mapfile -t objects < <(find "$@" -path '*/fusedopt_*.dir/*/cpu/kernel.cpp.o')
 if ((${#objects[@]} == 0)); then
   echo "no kernel objects under: $*" >&2
   exit 1

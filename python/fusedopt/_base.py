@@ -25,7 +25,7 @@ class Rule(NamedTuple):
     """Which kernel steps a param group, and which state it keeps for each parameter."""
 
     name: str
-    """As registered in csrc/rules.h."""
+    """As registered in csrc/rules/list.h."""
     flags: tuple[bool, ...]
     """The bool template parameters of the rule, in order."""
     states: tuple[str, ...]

@@ -38,7 +38,7 @@ def number_or_device(x: float | Tensor) -> float | Tensor:
 
 
 class Group(NamedTuple):
-    """One param group in one step, as csrc/plan.cpp reads it."""
+    """One param group in one step, as csrc/step/plan.cpp reads it."""
 
     params: list[Tensor]
     names: list[str] | None
@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What a step does to all gradients before the rules see them, as csrc/step.cpp reads it.
+    """What a step does to all gradients before the rules see them, as csrc/step/interface.cpp reads it.
 
     Tensors are 0-dim float64 ones on a device.
     """

@@ -1,4 +1,4 @@
-"""Memory of CUDA devices, from torch's allocator: for csrc/cuda_step.cpp.
+"""Memory of CUDA devices, from torch's allocator: for csrc/step/device_queue.cpp.
 
 Devices are numbers; a negative one is the CPU, which plays a device in tests.
 """

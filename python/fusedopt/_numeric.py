@@ -1,4 +1,4 @@
-"""What the rules share, in plain operators: the readable spec of csrc/average.h.
+"""What the rules share, in plain operators: the readable spec of csrc/numeric/average.h.
 
 For numpy arrays and torch tensors of float32 or float64, which is also the precision of all that is
 computed.

@@ -14,8 +14,8 @@
 
 #include "codecs.h"
 #include "elements.h"
-#include "engine.h"
-#include "schedule.h"
+#include "engine/job.h"
+#include "engine/schedule.h"
 #include "trial.h"
 
 #if defined(FUSEDOPT_WIDE)

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#include "engine.h"
+#include "engine/job.h"
 
 namespace machines {
 

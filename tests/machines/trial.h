@@ -12,7 +12,7 @@
 #endif
 
 #include "elements.h"
-#include "engine.h"
+#include "engine/job.h"
 
 namespace machines {
 

@@ -73,4 +73,4 @@ FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvecto
 
 #define __AVX512F__ 1
 #define FUSEDOPT_ISA wide
-#include "cpu_kernel.cpp"
+#include "cpu/kernel.cpp"

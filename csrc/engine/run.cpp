@@ -1,0 +1,233 @@
+// Running jobs: norms and updates, each step in one parallel region over all pieces.
+
+#include <algorithm>
+#include <cstring>
+
+#include "engine/job.h"
+#include "engine/parallel.h"
+#include "engine/schedule.h"
+#include "engine/walk.h"
+
+namespace fusedopt {
+
+// ---- one piece ----------------------------------------------------------------------------------
+
+// Copies `count` elements of `size` bytes between two strided places.
+static void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_stride,
+                         int64_t count, int64_t size) {
+  const auto copy = [&](auto word) {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(&word, from + i * from_stride * size, sizeof(word));
+      std::memcpy(to + i * to_stride * size, &word, sizeof(word));
+    }
+  };
+  switch (size) {
+    case 2: return copy(uint16_t{});
+    case 4: return copy(uint32_t{});
+    default: return copy(uint64_t{});
+  }
+}
+
+// A piece of a job with a layout: gathered into small arrays, updated there, scattered back.
+static void update_strided(const Job& job, double factor, int64_t first, int64_t count) {
+  constexpr int64_t kTile = 256;
+  alignas(64) char scratch[kMaxStreams][kTile * sizeof(double)];
+  Stream tile[kMaxStreams];
+  const void* in_cache[kMaxStreams];
+  for (int s = 0; s < job.stream_count; ++s) {
+    tile[s] = {scratch[s], job.streams[s].dtype};
+    in_cache[s] = scratch[s];
+  }
+  for (const int64_t end = first + count; first < end; first += kTile) {
+    const int64_t n = std::min(end - first, kTile);
+    const auto copy_streams = [&](bool gather) {
+      walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
+        for (int s = 0; s < job.stream_count; ++s) {
+          const int64_t size = kItemSize[static_cast<int>(tile[s].dtype)];
+          const int64_t stride = (*job.layout)[0].stride[s];
+          char* far = job.streams[s].data + offsets[s] * size;
+          char* near = tile[s].data + at * size;
+          if (gather) {
+            copy_strided(far, stride, near, 1, run, size);
+          } else if (s != kGrad) {
+            copy_strided(near, 1, far, stride, run, size);
+          }
+        }
+      });
+    };
+    copy_streams(/*gather=*/true);
+    job.update(job.scalars, job.grad_scale * factor, tile, 0, n, in_cache);
+    copy_streams(/*gather=*/false);
+  }
+}
+
+static int64_t item_size(const Piece& piece, int stream) {
+  return kItemSize[static_cast<int>(piece.job->streams[stream].dtype)];
+}
+
+// Where a stream of a piece begins.
+static const char* begin_of(const Piece& piece, int stream) {
+  return piece.job->streams[stream].data + piece.first * item_size(piece, stream);
+}
+
+// Whether it has such a stream, as an array, which a kernel can ask for ahead.
+static bool has_array(const Piece& piece, int stream) {
+  return !piece.job->layout && stream < piece.job->stream_count;
+}
+
+static void update_piece(const Piece& piece, const Piece& next, double factor) {
+  const Job& job = *piece.job;
+  if (job.layout) {
+    update_strided(job, factor, piece.first, piece.count);
+  } else {
+    const void* next_streams[kMaxStreams];
+    for (int s = 0; s < job.stream_count; ++s) {
+      next_streams[s] = begin_of(has_array(next, s) ? next : piece, s);
+    }
+    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count,
+               next_streams);
+  }
+  if (!job.then) return;
+  const Piece then{job.then, piece.first, piece.count, 0};
+  update_piece(then, then, 1);
+}
+
+// A block of a gradient with a layout, gathered into a small array.
+static void norm_strided(NormBlocks norm, const Job& job, int64_t first, int64_t count,
+                         double* block) {
+  alignas(64) char scratch[kNormBlock * sizeof(double)];
+  const Stream& grad = job.streams[kGrad];
+  const int64_t size = kItemSize[static_cast<int>(grad.dtype)];
+  walk(*job.grad_layout, first, count, [&](int64_t at, const int64_t* offsets, int64_t run) {
+    copy_strided(grad.data + offsets[0] * size, (*job.grad_layout)[0].stride[0],
+                 scratch + at * size, 1, run, size);
+  });
+  norm({scratch, grad.dtype}, 0, count, scratch, block);
+}
+
+static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, double* blocks) {
+  const Job& job = *piece.job;
+  blocks += piece.block;
+  if (!job.grad_layout) {
+    const Piece& ahead = next.job->grad_layout ? piece : next;
+    return norm(job.streams[kGrad], piece.first, piece.count, begin_of(ahead, kGrad), blocks);
+  }
+  for (int64_t at = 0; at < piece.count; at += kNormBlock) {
+    const int64_t count = std::min(piece.count - at, kNormBlock);
+    norm_strided(norm, job, piece.first + at, count, blocks++);
+  }
+}
+
+// Asks for the beginning of a piece, as far as the kernel does not that runs on the piece before:
+// it is too short, or knows nothing of what comes next.
+static void prefetch(const Piece& piece, const Piece& before) {
+  if (piece.job->layout) return;  // its elements lie elsewhere
+  for (int s = 0; s < piece.job->stream_count; ++s) {
+    const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
+    const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
+    const char* const begin = begin_of(piece, s);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
+  }
+}
+
+// ---- joining the blocks of a norm ---------------------------------------------------------------
+
+static double join_all(Norm norm, const std::vector<double>& blocks) {
+  const auto join = [norm](double a, double b) {
+    if (norm != Norm::inf) return a + b;
+    return a > b || a != a ? a : b;  // NaN if either is
+  };
+  double lanes[kNormJoin] = {};
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    double& lane = lanes[i % kNormJoin];
+    lane = join(lane, blocks[i]);
+  }
+  for (int64_t half = kNormJoin / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) lanes[l] = join(lanes[l], lanes[l + half]);
+  }
+  return lanes[0];
+}
+
+// ---- all pieces ---------------------------------------------------------------------------------
+
+using Taken = std::vector<Schedule::Taken>;
+
+static void norms(const Schedule& schedule, int thread, Taken* taken, NormBlocks norm,
+                  double* blocks) {
+  const auto bytes = [](const Piece& piece) { return piece.count * item_size(piece, kGrad); };
+  const auto read = [&](const Piece* begin, const Piece* end) {
+    const Piece* const last = &schedule.pieces().back();
+    // The piece after this one in which the byte lies that is kNormPrefetchBytes ahead, and how
+    // many bytes it begins after this one does.
+    const Piece* ahead = begin;
+    int64_t distance = 0;
+    for (const Piece* piece = begin; piece != end; ++piece) {
+      while (ahead < last && (ahead == piece || distance + bytes(*ahead) <= kNormPrefetchBytes)) {
+        distance += bytes(*ahead++);
+      }
+      norm_piece(norm, *piece, *ahead, blocks);
+      distance -= bytes(*piece);
+    }
+  };
+  schedule.take_batches(thread, taken, /*backwards=*/false, read);
+}
+
+static void updates(const Schedule& schedule, int thread, Taken* taken, double factor) {
+  const bool back = schedule.backwards();
+  schedule.take_batches(thread, taken, back, [&](const Piece* begin, const Piece* end) {
+    const Piece* const first = &schedule.pieces().front();
+    const Piece* const last = &schedule.pieces().back();
+    const ptrdiff_t count = end - begin;
+    for (ptrdiff_t i = 0; i < count; ++i) {
+      const Piece* const piece = back ? end - 1 - i : begin + i;
+      const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
+      prefetch(*next, *piece);
+      update_piece(*piece, *next, factor);
+    }
+  });
+}
+
+double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
+  Schedule schedule;
+  schedule.make(jobs, threads, Schedule::kNorm);
+  std::vector<double> blocks(static_cast<size_t>(schedule.blocks()));
+  Taken taken = schedule.none_taken();
+  in_parallel(schedule.threads(), [&](int thread, int) {
+    norms(schedule, thread, &taken, kernels.norms[static_cast<int>(norm)], blocks.data());
+  });
+  return join_all(norm, blocks);
+}
+
+static void run_updates(const std::vector<Job>& jobs, int threads, double factor,
+                        Schedule* schedule) {
+  schedule->make(jobs, threads, Schedule::kUpdates);
+  Taken taken = schedule->none_taken();
+  in_parallel(schedule->threads(),
+              [&](int thread, int) { updates(*schedule, thread, &taken, factor); });
+}
+
+void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
+  Schedule schedule;
+  run_updates(jobs, threads, factor, &schedule);
+}
+
+Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
+            const Scaling& scaling, Schedule* schedule) {
+  if (!scaling.needs_norm()) {
+    const double factor = scaling.unscale * scaling.coefficient;
+    run_updates(jobs, threads, factor, schedule);
+    return {0, factor, false};
+  }
+  schedule->make(jobs, threads, Schedule::kNormAndUpdates);
+  std::vector<double> blocks(static_cast<size_t>(schedule->blocks()));
+  Taken read = schedule->none_taken(), updated = schedule->none_taken();
+  Verdict verdict{};
+  in_parallel(schedule->threads(), [&](int thread, int) {
+    norms(*schedule, thread, &read, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
+    together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
+    if (!verdict.skipped) updates(*schedule, thread, &updated, verdict.factor);
+  });
+  return verdict;
+}
+
+}  // namespace fusedopt

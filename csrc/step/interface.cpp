@@ -1,0 +1,201 @@
+#include "step/interface.h"
+
+#include <limits>
+#include <optional>
+
+#include "cuda/kernel.h"
+#include "engine/overlap.h"
+#include "step/device_queue.h"
+#include "step/plan.h"
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+#include "emulated_device.h"
+#endif
+
+namespace fusedopt {
+
+static const cuda::Kernels* device_kernels(const std::string& device) {
+  if (device == "cuda") return cuda::compiled_kernels();
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+  if (device == "emulated") return cuda::emulated_kernels();
+#endif
+  if (device == "none") return nullptr;
+  throw py::value_error("device is '" + device + "', expected one of: cuda, none");
+}
+
+Engine::Engine(const std::string& isa, bool fast_gather, const std::string& device)
+    : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
+      device_kernels_(device_kernels(device)),
+      reader_(fast_gather, device_kernels_ ? device_kernels_->runs_on : nullptr,
+              device == "emulated"),
+      spare_(std::make_unique<PlanMemory>()) {}
+
+Engine::~Engine() = default;
+
+constexpr double kNoNorm = std::numeric_limits<double>::quiet_NaN();  // nothing asked for it
+
+// Whether other threads of Python would notice that they wait for the GIL: it changes hands every 5
+// ms, in which smaller steps are done.
+static bool takes_long(const StepPlan& plan) {
+  constexpr int64_t kLongBytes = 32 * 1024 * 1024;
+  return plan.bytes() > kLongBytes;
+}
+
+// ---- steps --------------------------------------------------------------------------------------
+
+// A number; one on a device is waited for.
+static double wait_for(const py::handle number) {
+  return py::cast<double>(PyFloat_Check(number.ptr()) ? py::reinterpret_borrow<py::object>(number)
+                                                      : number.attr("item")());
+}
+
+// Whether it takes Python to know them, or a device.
+static bool has_tensors(const py::object& scaling) {
+  return !scaling.attr("skip").is_none() || !PyFloat_Check(scaling.attr("unscale").ptr()) ||
+         !PyFloat_Check(scaling.attr("coefficient").ptr());
+}
+
+static Scaling read_scaling(const py::object& source) {
+  Scaling scaling;
+  scaling.unscale = wait_for(source.attr("unscale"));
+  scaling.coefficient = wait_for(source.attr("coefficient"));
+  scaling.skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
+  const py::object max_norm = source.attr("max_norm");
+  scaling.clip = !max_norm.is_none();
+  if (scaling.clip) scaling.max_norm = py::cast<double>(max_norm);
+  return scaling;
+}
+
+py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int threads,
+                       const py::object& scaling_source, const py::object& fallback,
+                       const py::object& outside) const {
+  const py::object skip = scaling_source.attr("skip");
+  const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) || !skip.is_none();
+  StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
+  plan.collect(threads);
+  if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
+  plan.fold_scalars();
+  if (plan.uses_devices()) {
+    return step_on_devices(&plan, scaling_source, threads, fallback, outside);
+  }
+
+  Scaling scaling = read_scaling(scaling_source);
+  const bool needs_norm = scaling.needs_norm();
+  Verdict verdict{};
+  const bool skips = !skip.is_none() && wait_for(skip) != 0;
+  const bool needs_python =
+      skips || plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
+  if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
+    const std::vector<Job> jobs = plan.jobs_of_norm();
+    double sum;
+    {
+      py::gil_scoped_release unlocked;
+      sum = run_norm(kernels_, Norm::two, jobs, threads);
+    }
+    if (!plan.outside.empty()) sum += wait_for(outside(plan.outside));
+    verdict = decide(scaling, sum);
+    if (verdict.skipped) return py::make_tuple(verdict.norm, true);
+    scaling = {};
+    scaling.coefficient = verdict.factor;
+  }
+  if (skips) return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, true);
+  if (!plan.unsupported.empty()) {
+    fallback(plan.unsupported, scaling.unscale * scaling.coefficient);
+  }
+  plan.create_missing_states();
+  plan.move_counts();
+  {
+    std::optional<py::gil_scoped_release> unlocked;
+    if (plan.holds()) unlocked.emplace();
+    const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
+    if (scaling.needs_norm()) verdict = last;
+  }
+  if (!verdict.skipped) plan.advance();
+  return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
+}
+
+py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int threads,
+                                  const py::object& fallback, const py::object& outside) const {
+  std::vector<DeviceQueue> queues;
+  for (const int device : plan->devices()) {
+    queues.emplace_back(*device_kernels_, reader_, device);
+    if (queues.back().is_capturing()) plan->refuse_to_be_captured();
+  }
+  const py::object skip = source.attr("skip");
+  const py::object max_norm = source.attr("max_norm");
+  const bool skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
+  const bool needs_norm = skip_nonfinite || !max_norm.is_none();
+  const bool may_skip = skip_nonfinite || !skip.is_none();
+  const bool uses_host = !plan->jobs_on(kHost).empty();
+
+  // What the norm adds up: on the CPU, and elsewhere.
+  double sum = 0;
+  py::list sums;
+  if (needs_norm) {
+    if (uses_host) {
+      py::gil_scoped_release unlocked;
+      sum = run_norm(kernels_, Norm::two, plan->jobs_of_norm(), threads);
+    }
+    if (!plan->outside.empty()) {
+      const py::object rest = outside(plan->outside);
+      if (PyFloat_Check(rest.ptr())) {
+        sum += py::cast<double>(rest);
+      } else {
+        sums.append(rest);
+      }
+    }
+  }
+
+  Scaling scaling;
+  py::object norm = py::float_(kNoNorm);
+  py::object skipped = py::bool_(false);
+  // Whoever needs the verdict on the CPU waits for it.
+  if (uses_host || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
+    scaling = read_scaling(source);
+    if (needs_norm) {
+      for (DeviceQueue& queue : queues) {
+        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
+      }
+      for (const py::handle each : sums) sum += wait_for(each);
+    }
+    const Verdict verdict = decide(scaling, sum);
+    if (needs_norm) norm = py::float_(verdict.norm);
+    if (verdict.skipped || (!skip.is_none() && wait_for(skip) != 0)) {
+      return py::make_tuple(norm, true);
+    }
+    scaling = {};
+    scaling.coefficient = verdict.factor;
+  } else if (needs_norm || may_skip || has_tensors(source)) {
+    if (needs_norm && queues.size() > 1) {  // each device needs the others' sums
+      for (DeviceQueue& queue : queues) {
+        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
+      }
+    }
+    for (DeviceQueue& queue : queues) {
+      const bool alone = needs_norm && queues.size() == 1;
+      queue.decide(source, sum, sums,
+                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>());
+    }
+    if (needs_norm) norm = queues[0].norm_result();
+    if (may_skip) skipped = queues[0].skipped_result();
+  } else {
+    scaling = read_scaling(source);
+  }
+
+  const double factor = scaling.unscale * scaling.coefficient;
+  if (!plan->unsupported.empty()) fallback(plan->unsupported, factor);
+  plan->create_missing_states();
+  plan->move_counts();
+  for (const DeviceQueue& queue : queues) {
+    const bool in_order = Overlaps().any(plan->jobs_on(queue.device()));
+    queue.update(plan->updates(queue.device(), factor), in_order);
+    queue.update(plan->updates_after(queue.device()), in_order);
+  }
+  if (uses_host) {
+    py::gil_scoped_release unlocked;
+    run_updates(plan->jobs_on(kHost), threads, factor);
+  }
+  plan->advance();
+  return py::make_tuple(norm, skipped);
+}
+
+}  // namespace fusedopt

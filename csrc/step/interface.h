@@ -1,0 +1,64 @@
+// What Python calls: steps and norms.
+#pragma once
+
+#include <memory>
+
+#include "cuda/queue.h"
+#include "torch/tensors.h"
+
+namespace fusedopt {
+
+class StepPlan;
+struct PlanMemory;
+
+class Engine {
+ public:
+  // isa: a name from available_kernels(), or empty for the best. device: whose kernels step
+  // parameters on CUDA devices: "cuda", "none", or "emulated", in a build for tests: then
+  // parameters on the CPU are taken to be on a device.
+  Engine(const std::string& isa, bool fast_gather, const std::string& device);
+  ~Engine();
+
+  // Steps every parameter that has a gradient, and returns (norm, skipped): numbers, or tensors on
+  // a device that nobody has waited for. `groups` are fusedopt._engine.Group, `scaling` is a
+  // fusedopt._engine.Scaling, `state` is the optimizer's.
+  //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
+  //     their gradients times factor;
+  //   outside(gradients) returns the sum of squares of gradients that need Python for it.
+  // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
+  py::tuple step(const py::dict& state, const py::sequence& groups, int threads,
+                 const py::object& scaling, const py::object& fallback,
+                 const py::object& outside) const;
+
+  // What the norm of order 1, 2 or infinity adds up over the tensors on the CPU; what it adds up
+  // over those on each device, as tensors there; and tensors that it needs Python for.
+  py::tuple norm(const py::sequence& tensors, double order, int threads) const;
+
+  // Applies one rule to streams [param, grad, *states] on at most `threads` threads: for tests.
+  void update(const std::string& rule, int flags, const std::vector<double>& scalars,
+              double grad_scale, const py::sequence& tensors, int threads) const;
+
+  // Applies one rule without flags to each row of streams [param, grad, *states] on the CPU, and
+  // returns the other rows, and those that it cannot read: they are as before.
+  py::list apply(const std::string& rule, const std::vector<double>& scalars,
+                 const py::sequence& rows, int threads) const;
+
+  const char* isa() const { return kernels_.isa; }
+  bool fast_gather() const { return reader_.fast(); }
+  // Whether a profiler may want to know of a step on this thread.
+  bool is_observed() const { return !reader_.fast() || reader_.abi().is_observed(); }
+  const Kernels& kernels() const { return kernels_; }
+  bool emulated() const { return reader_.emulated(); }
+  bool has_kernels(int device) const { return reader_.has_kernels(device); }
+
+ private:
+  py::tuple step_on_devices(StepPlan* plan, const py::object& scaling, int threads,
+                            const py::object& fallback, const py::object& outside) const;
+
+  const Kernels& kernels_;
+  const cuda::Kernels* device_kernels_;
+  TensorReader reader_;
+  const std::unique_ptr<PlanMemory> spare_;  // of plans
+};
+
+}  // namespace fusedopt

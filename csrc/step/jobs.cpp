@@ -1,0 +1,135 @@
+#include "step/jobs.h"
+
+#include <algorithm>
+
+#include "engine/walk.h"
+
+namespace fusedopt {
+
+// ---- layouts ------------------------------------------------------------------------------------
+
+// The dimensions of more than one element, from the smallest stride of the first view on.
+static Layout dims_by_stride(const View* views, int count) {
+  Layout dims;
+  for (int d = views[0].ndim - 1; d >= 0; --d) {
+    if (views[0].shape[d] == 1) continue;
+    Dim dim{views[0].shape[d], {}};
+    for (int s = 0; s < count; ++s) dim.stride[s] = views[s].strides[d];
+    dims.push_back(dim);
+  }
+  std::stable_sort(dims.begin(), dims.end(),
+                   [](const Dim& a, const Dim& b) { return a.stride[0] < b.stride[0]; });
+  return dims;
+}
+
+bool strided_overlaps_itself(const View& view) {
+  if (view.numel <= 1) return false;
+  const Layout dims = dims_by_stride(&view, 1);
+  // No two can meet if each stride is longer than all that the smaller ones span.
+  int64_t span = 0;
+  bool nested = true;
+  for (const Dim& dim : dims) {
+    nested = nested && dim.stride[0] > span;
+    span += (dim.size - 1) * dim.stride[0];
+  }
+  if (nested) return false;
+  if (view.numel > span + 1) return true;
+  // Strange strides: look at every place.
+  std::vector<bool> taken(static_cast<size_t>(span) + 1);
+  bool twice = false;
+  walk(dims, 0, view.numel, [&](int64_t, const int64_t* offsets, int64_t run) {
+    for (int64_t i = 0; i < run; ++i) {
+      auto place = taken[offsets[0] + i * dims[0].stride[0]];
+      twice = twice || place;
+      place = true;
+    }
+  });
+  return twice;
+}
+
+// One past the last byte.
+static const char* end_of(const View& view) {
+  int64_t last = 0;
+  for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
+  return view.data + (last + 1) * kItemSize[static_cast<int>(view.dtype)];
+}
+
+bool overlap_out_of_step(const View& a, const View& b) {
+  if (a.numel == 0 || a.data >= end_of(b) || b.data >= end_of(a)) return false;
+  return a.data != b.data || a.dtype != b.dtype ||
+         !std::equal(a.strides, a.strides + a.ndim, b.strides);
+}
+
+Layout common_layout(const View* views, int count) {
+  if (views[0].numel == 0) return {};
+  // The first view's own order in memory, so that its elements are visited consecutively.
+  const Layout dims = dims_by_stride(views, count);
+  // Two dimensions that every stream walks as one become one.
+  Layout merged;
+  for (const Dim& dim : dims) {
+    const bool joins = !merged.empty() && [&] {
+      const Dim& inner = merged.back();
+      for (int s = 0; s < count; ++s) {
+        if (dim.stride[s] != inner.stride[s] * inner.size) return false;
+      }
+      return true;
+    }();
+    if (joins) {
+      merged.back().size *= dim.size;
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  const auto unit = [&](const Dim& dim) {
+    return std::all_of(dim.stride, dim.stride + count, [](int64_t stride) { return stride == 1; });
+  };
+  if (merged.empty() || (merged.size() == 1 && unit(merged[0]))) return {};
+  return merged;
+}
+
+// ---- jobs ---------------------------------------------------------------------------------------
+
+static const Layout* kept(Layout layout, Layouts* layouts) {
+  if (layout.empty()) return nullptr;
+  layouts->push_back(std::move(layout));
+  return &layouts->back();
+}
+
+void set_streams(const View* views, int count, Layouts* layouts, Job* job) {
+  job->numel = views[kParam].numel;
+  job->stream_count = count;
+  job->bytes_per_element = 0;
+  bool contiguous = true;
+  for (int s = 0; s < count; ++s) {
+    job->streams[s] = {views[s].data, views[s].dtype};
+    job->bytes_per_element += kItemSize[static_cast<int>(views[s].dtype)];
+    contiguous = contiguous && views[s].contiguous;
+  }
+  job->layout = job->grad_layout = nullptr;
+  if (contiguous) return;
+  job->layout = kept(common_layout(views, count), layouts);
+  if (job->layout) job->grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
+}
+
+void set_rule(const Rule& rule, const double* scalars, Job* job) {
+  job->update = job->streams[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
+  job->scalars = scalars;
+}
+
+void set_norm(const View& view, Layouts* layouts, Job* job) {
+  const View views[] = {view, view};
+  set_streams(views, 2, layouts, job);
+}
+
+bool same_arrays(const Job& a, const Job& b) {
+  if (a.layout || b.layout || a.then || b.then || a.numel != b.numel ||
+      a.stream_count != b.stream_count) {
+    return false;
+  }
+  const auto same = [](const Stream& x, const Stream& y) {
+    return x.data == y.data && x.dtype == y.dtype;
+  };
+  return std::equal(a.streams, a.streams + a.stream_count, b.streams, same);
+}
+
+}  // namespace fusedopt

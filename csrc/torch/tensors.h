@@ -1,0 +1,104 @@
+// Torch tensors as the engine sees them, without linking torch: through torch's stable C ABI, or
+// through Python attributes where it is absent.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "engine/job.h"
+#include "torch/abi.h"
+
+namespace fusedopt {
+
+// References to the Python objects whose memory is in use.
+using Held = std::vector<py::object>;
+
+constexpr int kHost = -1;
+
+// A strided tensor of a supported dtype, on the CPU or on a CUDA device. `shape` and `strides` live
+// as long as the tensor.
+struct View {
+  char* data = nullptr;
+  int64_t numel = 0;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;
+  DType dtype = DType::f32;
+  int device = kHost;
+  bool contiguous = false;     // the strides are those of a C array, also where a size is 1
+  bool is_local_part = false;  // of a tensor that several processes share
+  bool negated = false;        // the memory has the opposite sign of the tensor
+};
+
+class TensorReader {
+ public:
+  // fast: use the C ABI if torch has it. emulated: take tensors on the CPU to be on cuda:0.
+  // runs_on: whether a CUDA device has kernels; null: none has.
+  TensorReader(bool fast, bool (*runs_on)(int device), bool emulated);
+  bool fast() const { return abi_.has_value(); }
+  bool emulated() const { return emulated_; }
+  bool has_kernels(int device) const;
+
+  // param.grad, a DTensor's with the placements of the parameter.
+  py::object grad(PyObject* param) const;
+
+  // The stream that torch uses now.
+  void* current_stream(int device) const;
+
+  // Tells autograd that a tensor has changed.
+  void bump_version(PyObject* tensor) const;
+
+  // False, with no Python error set, for anything but a strided tensor of a supported dtype on the
+  // CPU or on a CUDA device that has kernels.
+  // A DTensor is read as its local shard.
+  bool read(PyObject* object, View* view, Held* held) const;
+
+  // The same without Python, where fast(): the record of a tensor on the CPU, in a class of
+  // torch's.
+  const TorchAbi& abi() const { return *abi_; }
+  bool is_plain(PyObject* object) const;  // whether it is in one
+  bool read(Record record, View* view) const;
+
+  // The single element of a tensor that counts steps; on a device, a float32 one.
+  struct Count {
+    enum { f32, f64, i64 } type = f32;
+    void* data = nullptr;
+    int device = kHost;
+
+    double get() const;
+    void increment() const;
+  };
+  bool read_count(PyObject* object, Count* count, Held* held) const;
+  bool read_count(Record record, Count* count) const;
+
+ private:
+  // What this process has of a DTensor, or any other tensor itself; null for what is no tensor.
+  PyObject* local_part(PyObject* object, Held* held) const;
+  bool read_raw(PyObject* object, RawTensor* tensor, Held* held) const;
+  bool read_attributes(PyObject* object, RawTensor* tensor, Held* held) const;
+  bool set_view(const RawTensor& tensor, View* view) const;
+  bool set_count(const RawTensor& tensor, Count* count) const;
+  bool find_device(const RawTensor& tensor, int* device) const;
+
+  py::object tensor_, parameter_;  // the two plain types: no wrapper, no override
+  py::object grad_;                // the descriptor of torch.Tensor.grad
+  std::optional<TorchAbi> abi_;
+  bool (*runs_on_)(int device);
+  bool emulated_;
+  mutable std::map<int, bool> has_kernels_;  // as far as it was asked
+};
+
+inline bool same_shape(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d]) return false;
+  }
+  return true;
+}
+
+std::string shape_text(const View& view);
+
+}  // namespace fusedopt
