@@ -1,3 +1,5 @@
+// The Python module: names for what Python calls, and nothing else.
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,9 +1,7 @@
-// Which kernels this machine can run, and finding a rule among them.
+#include "cpu/dispatch.h"
 
 #include <cstring>
 #include <stdexcept>
-
-#include "engine/job.h"
 
 namespace fusedopt {
 

@@ -4,6 +4,13 @@
 
 #include "numeric/codec.h"
 
+#if defined(__CUDA_ARCH__)
+#define FUSEDOPT_PRAGMA(text) _Pragma(#text)
+#define FUSEDOPT_UNROLL(times) FUSEDOPT_PRAGMA(unroll times)
+#else
+#define FUSEDOPT_UNROLL(times)
+#endif
+
 // The unit of memory access.
 struct alignas(16) Word {
   uint32_t parts[4];

@@ -1,33 +1,8 @@
 // What runs on a CUDA device, thread by thread: plain C++ that also runs on a CPU, where the tests
 // take its bits. Included inside a back end's namespace, after FUSEDOPT_FN is defined.
 
-#if defined(__CUDA_ARCH__)
-#define FUSEDOPT_PRAGMA(text) _Pragma(#text)
-#define FUSEDOPT_UNROLL(times) FUSEDOPT_PRAGMA(unroll times)
-#else
-#define FUSEDOPT_UNROLL(times)
-#endif
-
-FUSEDOPT_FN float sqrt(float x) { return ::sqrtf(x); }  // correctly rounded, on a device too
-FUSEDOPT_FN double sqrt(double x) { return ::sqrt(x); }
-FUSEDOPT_FN double pow(double x, double y) { return ::pow(x, y); }
-
-// As in vec.h.
-template <class T>
-FUSEDOPT_FN T max(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-template <class T>
-FUSEDOPT_FN T min(T a, T b) {
-  return a > b ? b : a;
-}
-template <class T>
-FUSEDOPT_FN T sign(T x) {
-  return x > 0 ? T(1) : (x < 0 ? T(-1) : T(0));
-}
-
 #include "cuda/access.h"
-#include "numeric/codec.h"
+#include "numeric/scalar.h"
 #include "rules/list.h"
 
 // ---- an update ----------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-// What the CUDA kernels are told: tables of tensors, in the arguments of a launch or in the memory
-// of the device. Plain structs, the same for the host and every device.
+// cuda/: the same updates and norms on a GPU.
+//
+// What the kernels are told: tables of tensors, in the arguments of a launch or in the memory of
+// the device. Plain structs, the same for the host and every device.
 #pragma once
 
 #include "engine/job.h"
+#include "engine/verdict.h"
 
 namespace fusedopt {
 namespace cuda {

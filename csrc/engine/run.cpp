@@ -1,11 +1,9 @@
-// Running jobs: norms and updates, each step in one parallel region over all pieces.
+#include "engine/run.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "engine/job.h"
 #include "engine/parallel.h"
-#include "engine/schedule.h"
 #include "engine/walk.h"
 
 namespace fusedopt {

@@ -1,8 +1,10 @@
-// The list of rules. Each is an aggregate of scalars of type T, in the order that the optimizer's
-// _scalars() in Python returns them, and is applied as rule(p, g, state): p, g and the kStates
-// states are lanes in compute precision. fold(lr, t) sets those that depend on the learning rate
-// and on the number of the step, in double, as _scalars() does: for a device that knows both before
-// the host does. Included inside a back end's namespace.
+// rules/: what optimizers compute, a few lines each, and their list.
+//
+// Each is an aggregate of scalars of type T, in the order that the optimizer's _scalars() in Python
+// returns them, and is applied as rule(p, g, state): p, g and the kStates states are lanes in
+// compute precision. fold(lr, t) sets those that depend on the learning rate and on the number of
+// the step, in double, as _scalars() does: for a device that knows both before the host does.
+// Included inside a back end's namespace.
 
 #include "numeric/average.h"
 #include "rules/adagrad.h"

@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "engine/run.h"
 #include "step/device_queue.h"
 #include "step/interface.h"
 #include "step/jobs.h"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/dispatch.h"
 #include "step/plan.h"
 
 namespace fusedopt {

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "cuda/kernel.h"
-#include "engine/overlap.h"
+#include "engine/run.h"
 #include "step/device_queue.h"
 #include "step/plan.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)

@@ -1,9 +1,11 @@
-// What Python calls: steps and norms.
+// step/: what Python calls, from its objects to jobs and back: all validation, all messages about
+// parameters.
 #pragma once
 
 #include <memory>
 
-#include "cuda/queue.h"
+#include "cpu/dispatch.h"
+#include "cuda/tables.h"
 #include "torch/tensors.h"
 
 namespace fusedopt {

@@ -3,6 +3,7 @@
 
 #include <deque>
 
+#include "engine/job.h"
 #include "torch/tensors.h"
 
 namespace fusedopt {

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include "cpu/dispatch.h"
+
 namespace fusedopt {
 
 Group::Group(py::handle source)

@@ -1,4 +1,4 @@
-// Torch tensors as the engine sees them, without linking torch: through torch's stable C ABI, or
+// torch/: tensors as a step sees them, without linking torch: through torch's stable C ABI, or
 // through Python attributes where it is absent.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/job.h"
+#include "numeric/dtype.h"
 #include "torch/abi.h"
 
 namespace fusedopt {

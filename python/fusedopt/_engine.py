@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What a step does to all gradients before the rules see them, as csrc/step/interface.cpp reads it.
+    """What a step does to all gradients first, as csrc/step/interface.cpp reads it.
 
     Tensors are 0-dim float64 ones on a device.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,18 @@ from torch.optim import Optimizer
 
 from fusedopt import _engine
 
-if TYPE_CHECKING:
-    from fusedopt.lookahead import Lookahead
+
+class Follower(Protocol):
+    """What a step knows of the `fusedopt.Lookahead` around it."""
+
+    def alpha_now(self, group: dict[str, Any]) -> float: ...
+    def following(self, params: list[Tensor]) -> AbstractContextManager[None]: ...
 
 
 class FallsBack(Optimizer):
     """The fallback, for `fusedopt._base.Fused`."""
 
-    _lookahead: Lookahead | None = None  # during a step that one makes
+    _lookahead: Follower | None = None  # during a step that one makes
 
     def _fall_back(
         self,

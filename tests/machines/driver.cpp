@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "codecs.h"
+#include "cpu/dispatch.h"
 #include "elements.h"
-#include "engine/job.h"
-#include "engine/schedule.h"
+#include "engine/run.h"
 #include "trial.h"
 
 #if defined(FUSEDOPT_WIDE)
