@@ -49,18 +49,20 @@ bench-docs: .venv/peers .venv/installed
 count: .venv/installed
 	$(RUN)/python tools/count_instructions.py $(ARGS)
 
-## make lint           formatting, style and types
+## make lint           formatting, style, types and layers
 lint: .venv/dependencies
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/clang-format --dry-run --Werror $(CPP)
+	$(RUN)/python tools/check_layers.py
 
 ## make format         what lint asks for, done where a tool can do it
 format: .venv/dependencies
 	$(RUN)/ruff check --fix-only .
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(CPP)
+	$(RUN)/python tools/check_layers.py --write
 
 ## make wheel          the wheel, in dist/
 wheel: .venv/dependencies

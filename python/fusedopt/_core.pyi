@@ -1,3 +1,5 @@
+"""What csrc/module.cpp offers."""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
