@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Tests of what optimizers do, wherever parameters are.
-ON_DEVICES := clip.py amp.py contract.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py
+ON_DEVICES := tests/contract $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py)
 
 .PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
 .PHONY: test-ecosystem gpu-check clean
@@ -30,7 +30,7 @@ docs: .venv/installed
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
 	$(RUN)/python -m pytest $(ARGS)
-	$(RUN)/python -m pytest --quiet --device emulated $(addprefix tests/test_,$(ON_DEVICES)) $(ARGS)
+	$(RUN)/python -m pytest --quiet --device emulated $(ON_DEVICES) $(ARGS)
 
 ## make bench          what fusedopt gains on this machine; ARGS=--quick takes a minute
 bench: .venv/installed

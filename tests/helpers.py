@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import _core, _engine
-from tests.registry import CONFIGS, DTYPES, PLAIN_CONFIGS, Config
+from tests.registry import CONFIGS, DTYPES, LAYOUTS, PLAIN_CONFIGS, Config
 
 ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
 if _core.emulated_device:
@@ -28,6 +28,7 @@ if _core.emulated_device:
 
 each_isa = pytest.mark.parametrize("isa", ENGINES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
 each_optimizer = pytest.mark.parametrize("config", PLAIN_CONFIGS, ids=lambda config: config.name)
 each_torch_optimizer = pytest.mark.parametrize(
@@ -35,6 +36,9 @@ each_torch_optimizer = pytest.mark.parametrize(
     [config for config in PLAIN_CONFIGS if config.torch_cls],
     ids=lambda config: config.name,
 )
+
+Make = Callable[..., Optimizer]
+Clip = Callable[[Any], object]
 
 SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (), (0, 3), (2, 3, 4)]
 

@@ -113,6 +113,23 @@ MAX_NORMS = [0.0, 1e-12, 0.5, 1e6, float("inf")]
 FILLED_SHAPES = [(5,), (3, 4), (), (2, 3, 4)]  # torch has no infinity norm of an empty tensor
 
 
+# ---- layouts, of a tensor of four dimensions ---------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.clone(),
+    "channels_last": lambda x: x.clone(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "strided": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+    "padded": lambda x: torch.cat([x, x + 1], dim=1)[:, : x.shape[1]],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+GRADIENT_LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    *LAYOUTS.values(),
+    lambda x: x[:, :1, :, :1].expand_as(x),
+    lambda x: x[0, 0, 0, 0].expand_as(x),
+]
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 # Arguments that a constructor refuses, and all that it says.

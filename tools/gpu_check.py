@@ -219,7 +219,7 @@ def main() -> None:
     passed = build(steps)
     if passed:
         pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=30", "--device", "cuda"]
-        tests = [*pytest, "tests/gpu", "tests/test_device.py"]
+        tests = [*pytest, "tests/gpu", "tests/device"]
         passed &= steps.run("tests on the GPU", tests, reserve=180)
         passed &= steps.run("benchmark", [sys.executable, __file__, "measure"], reserve=60)
         sanitizer = shutil.which("compute-sanitizer")
