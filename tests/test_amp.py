@@ -179,7 +179,7 @@ def test_a_skip_by_the_scaler_tells_the_norm() -> None:
     scaler.step(optimizer)
     assert optimizer.grad_norm is not None
     assert not optimizer.grad_norm.isfinite()
-    assert optimizer._pending.mark is None  # it has served its step
+    assert optimizer._pending.norm is None  # it has served its step
 
 
 def test_amp_scaling_is_off_unless_asked_for() -> None:

@@ -29,8 +29,10 @@ struct Verdict {
   bool skipped;
 };
 
-// min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it.
+// min(1, max_norm / (norm + 1e-6)), NaN for NaN, as torch.nn.utils.clip_grad_norm_ has it; but 1
+// for an infinite max_norm, whatever the norm is: that clips nothing.
 FUSEDOPT_HD inline double clip_coefficient(double norm, double max_norm) {
+  if (max_norm == HUGE_VAL) return 1;
   const double coefficient = max_norm / (norm + 1e-6);
   return coefficient > 1 ? 1 : coefficient;
 }

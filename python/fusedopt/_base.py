@@ -10,14 +10,20 @@ from typing import Any, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from fusedopt import _engine, _norms, clip
-from fusedopt._clipping import Clips, Pending
+from fusedopt import _engine, _norms, _ranks, clip
+from fusedopt._clipping import NOTHING, Clips
 from fusedopt._engine import Group, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._hooked import Hooked
 
 # What an optimizer keeps besides its state, where a pickle has it, and what it is where it has not.
-_KEPT = {"max_grad_norm": None, "skip_nonfinite": False, "amp_scaling": False, "_skipped_steps": 0}
+_KEPT = {
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "amp_scaling": False,
+    "_skipped_steps": 0,
+    "_pending": NOTHING,
+}
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
 
 
@@ -60,6 +66,7 @@ class Fused(Clips, FallsBack, Hooked):
 
     Raises:
         ValueError: max_grad_norm is negative or NaN.
+        RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 
     # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys. On
@@ -85,7 +92,10 @@ class Fused(Clips, FallsBack, Hooked):
         self.skip_nonfinite = skip_nonfinite
         self.amp_scaling = amp_scaling
         self._skipped_steps = 0
+        self._made_by_zero = _ranks.called_by_zero()
         super().__init__(*args, **kwargs)
+        if self._made_by_zero and (max_grad_norm is not None or skip_nonfinite):
+            self._refuse_if_split()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -156,7 +166,7 @@ class Fused(Clips, FallsBack, Hooked):
         else:
             norm, skipped = self._update(self.param_groups, scaling)
         self._norm = norm if asked else pending.norm
-        self._pending = Pending()
+        self._pending = NOTHING
         self._skipped = skipped
         self._count_skipped(skipped)
         return loss

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt import _engine, _norms, clip
+from fusedopt import _engine, _norms, _ranks, clip
 from fusedopt._engine import Scaling
+from fusedopt._pending import Pending
 
-
-class Pending(NamedTuple):
-    """What `Fused.clip_grad_norm_` has found out for the next step."""
-
-    coefficient: float | Tensor = 1.0
-    norm: float | Tensor | None = None
-    mark: tuple[Tensor, Tensor, int] | None = None
-    """Whose norm it is: the smallest gradient, its parameter and its version."""
-
-
-_NOTHING = Pending()
+NOTHING = Pending()
 
 
 def found_inf(optimizer: Optimizer) -> bool:
@@ -39,13 +31,15 @@ class Clips(Optimizer):
     amp_scaling: bool
 
     _norm: float | Tensor | None = None  # what grad_norm returns
-    _pending: Pending = Pending()
+    _pending: Pending = NOTHING
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
     _released: bool = False  # by release_gradients
+    _made_by_zero: bool = False
+    _split: str | None = None  # what has split the parameters among ranks; None if not looked for
 
     # ---- what is asked of a step -------------------------------------------------------------
 
-    def _scaling(self, pending: Pending = _NOTHING) -> Scaling:
+    def _scaling(self, pending: Pending = NOTHING) -> Scaling:
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         norm = self.max_grad_norm
         scaling = Scaling(
@@ -55,6 +49,13 @@ class Clips(Optimizer):
             skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
             skip=self._unknown_skip(pending),
         )
+        if (
+            norm is not None
+            or self._scaler_asks
+            or scale is not None
+            or (self.skip_nonfinite and pending.norm is None)
+        ):
+            self._refuse_if_split()
         # (Tensors first: to compare one would be to wait for it.)
         if self._released and (any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()):
             self._refuse_if_released()
@@ -83,6 +84,30 @@ class Clips(Optimizer):
                 "release_gradients frees each gradient before those of other parameters exist, but "
                 "max_grad_norm, skip_nonfinite, clip_grad_norm_ and gradient scalers need all at "
                 "once; do without them, or remove() the release and let step() clip"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does."""
+        self._split = None
+        super().add_param_group(param_group)
+
+    def _refuse_if_split(self) -> None:
+        """Raise an error if the ranks would part, each with the norm of its own gradients."""
+        if not _ranks.several():
+            return
+        if self._split is None:
+            self._split = _ranks.who_splits(self._parameters(), self._made_by_zero)
+        if self._split:
+            clip_model = (
+                "clip by fusedopt.clip_grad_norm_(model.parameters(), max_norm)"
+                if self._made_by_zero
+                else "clip by model.clip_grad_norm_(max_norm), unscale by ShardedGradScaler"
+            )
+            raise RuntimeError(
+                "max_grad_norm, skip_nonfinite, clip_grad_norm_ and amp_scaling decide by the "
+                f"gradients of the optimizer, and {self._split} leaves each rank others: the ranks "
+                f"would part. Before the step, {clip_model}; or hand a norm over all ranks to "
+                "clip_grads_with_norm_(max_norm, total_norm), which skip_nonfinite heeds, too"
             )
 
     # ---- what users call ---------------------------------------------------------------------
@@ -119,10 +144,11 @@ class Clips(Optimizer):
         """Compute the norm of all gradients now, and scale them inside the next step.
 
         `torch.nn.utils.clip_grad_norm_` for the parameters of this optimizer, but for ``p.grad``,
-        which is not modified. The factor serves exactly one step; `zero_grad` drops it.
+        which is not modified. The factor serves exactly one step, of the gradients that are there
+        now; `zero_grad` drops it. What may happen between the two: docs/integrations.md.
 
         Args:
-            max_norm: the largest norm, 0 or more.
+            max_norm: the largest norm, 0 or more; ``inf`` clips nothing.
             norm_type: its order, ``inf`` included.
             error_if_nonfinite: raise an error if the norm is infinite or NaN.
 
@@ -131,19 +157,24 @@ class Clips(Optimizer):
 
         Raises:
             ValueError: max_norm is negative or NaN.
-            RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``; or gradients are
-                freed during backward (`release_gradients`).
+            RuntimeError: the norm, in float32, is infinite or NaN, and ``error_if_nonfinite``; or
+                gradients are freed during backward (`release_gradients`); or they have been
+                changed since they were clipped, without a step, which the next step raises, too; or
+                each rank has others (FSDP1, ZeroRedundancyOptimizer).
         """
         itself = self._itself()
         itself._refuse_if_released()
+        itself._refuse_if_split()
         max_norm = clip.valid_max_norm(max_norm)
         norm_type = float(norm_type)
-        pending = itself._still_pending(unchanged=True)
-        norm = _norms.total_norm(itself._gradients(), norm_type) * pending.coefficient
+        gradients = itself._gradients()
+        before = itself._still_pending(gradients, clips_again=True)
+        norm = _norms.total_norm(gradients, norm_type) * before.coefficient
+        returned = itself._as_tensor(norm)
         if error_if_nonfinite:
-            clip.check_finite(norm, norm_type)
-        itself._clip_by(max_norm, norm, pending)
-        return itself._as_tensor(norm)
+            clip.check_finite(returned, norm_type, wide=norm)
+        itself._clip_by(max_norm, norm, gradients, before)
+        return returned
 
     @_engine.not_compiled
     def clip_grads_with_norm_(self, max_norm: float, total_norm: float | Tensor) -> None:
@@ -159,47 +190,66 @@ class Clips(Optimizer):
 
         Raises:
             ValueError: max_norm is negative or NaN.
-            RuntimeError: gradients are freed during backward (`release_gradients`).
+            RuntimeError: gradients are freed during backward, or have been changed since they were
+                clipped, as for `clip_grad_norm_`.
         """
         itself = self._itself()
         itself._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
         norm = _engine.number_or_device(whole() if whole else total_norm)
         max_norm = clip.valid_max_norm(max_norm)
-        itself._clip_by(max_norm, norm, itself._still_pending(unchanged=True))
+        gradients = itself._gradients()
+        before = itself._still_pending(gradients, clips_again=True)
+        itself._clip_by(max_norm, norm, gradients, before)
 
     @_engine.not_compiled  # dynamo of torch 2.10 fails where an optimizer sets an attribute
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as torch does, and forget what `clip_grad_norm_` found of them."""
-        self._itself()._pending = Pending()
+        self._itself()._pending = NOTHING
         super().zero_grad(set_to_none)
 
-    def _clip_by(self, max_norm: float, norm: float | Tensor, before: Pending) -> None:
+    def _clip_by(
+        self,
+        max_norm: float,
+        norm: float | Tensor,
+        gradients: Sequence[Tensor],
+        before: Pending,
+    ) -> None:
         coefficient = before.coefficient * clip.coefficient(norm, max_norm)
-        pairs = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        mark = None
-        if pairs:
-            p, gradient = min(pairs, key=lambda pair: pair[1].numel())
-            mark = (p, gradient, _version(gradient))
-        self._pending = Pending(coefficient, norm, mark)
+        pending = Pending(coefficient, norm, gradients)
+        if not pending.sees_changes():
+            clip.scale_(gradients, coefficient)
+            pending = Pending(1.0, norm, gradients)
+        self._pending = pending
         self._norm = norm
 
-    def _still_pending(self, unchanged: bool = False) -> Pending:
-        """Return what waits for this step: nothing once the gradients are others.
+    def _still_pending(
+        self, gradients: Sequence[Tensor] | None = None, *, clips_again: bool = False
+    ) -> Pending:
+        """Return what waits for this step, or for this clip; see `Pending.serves`."""
+        pending = self._pending
+        if pending is NOTHING:
+            return pending
+        if gradients is None:
+            gradients = self._gradients()
+        return (
+            pending if pending.serves(gradients, self._name, clips_again=clips_again) else NOTHING
+        )
 
-        A step that a GradScaler skips does not come here, and model.zero_grad() says nothing.
-        """
-        if self._pending.mark is not None:
-            p, gradient, version = self._pending.mark
-            if p.grad is gradient and (not unchanged or _version(gradient) == version):
-                return self._pending
-        return Pending()
+    def _name(self, gradient: Tensor) -> str:
+        """Return whose gradient it is, for a message."""
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p.grad is gradient:
+                    names = group.get("param_names")
+                    return names[j] if names else f"parameter {j} of group {i}"
+        raise AssertionError
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters() if p.grad is not None]
+        return [grad for p in self._parameters() if (grad := p.grad) is not None]
 
     def _norm_of_gradients(self, scaling: Scaling) -> float | Tensor:
         return _norms.total_norm(self._gradients(), 2) * scaling.unscale
@@ -212,7 +262,3 @@ class Clips(Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Ignore what torch's constructors set for ``fused=True``."""
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which counts changes in place

@@ -54,7 +54,12 @@ def reference_total_norm(arrays: Sequence[Any], norm_type: float = 2.0) -> float
 
 
 def reference_clip_coefficient(norm: float, max_norm: float) -> float:
-    """Return what clipping multiplies gradients of this norm by; NaN if the norm is."""
+    """Return what clipping multiplies gradients of this norm by; NaN if the norm is.
+
+    But 1 for an infinite max_norm, whatever the norm is: that clips nothing.
+    """
+    if max_norm == math.inf:
+        return 1.0
     coefficient = max_norm / (norm + 1e-6)
     return 1.0 if coefficient > 1 else coefficient
 
@@ -65,6 +70,8 @@ def reference_clip_coefficient(norm: float, max_norm: float) -> float:
 def coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
     """Return what clipping multiplies gradients by."""
     if isinstance(norm, Tensor):
+        if max_norm == math.inf:
+            return torch.ones_like(norm)
         # (Torch divides a number by a tensor as the product with its reciprocal.)
         return (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)
     return _core.clip_coefficient(norm, max_norm)
@@ -85,9 +92,21 @@ def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
     return value
 
 
-def check_finite(norm: float | Tensor, norm_type: float) -> None:
-    """Raise torch's RuntimeError for a norm that is infinite or NaN."""
+def check_finite(norm: Tensor, norm_type: float, wide: float | Tensor = math.inf) -> None:
+    """Raise torch's RuntimeError for a norm that is infinite or NaN in the dtype that it has.
+
+    Args:
+        norm: the norm as it is to be returned.
+        norm_type: its order, for the message.
+        wide: the same before it was rounded, for another message.
+    """
     if not math.isfinite(norm):
+        if math.isfinite(wide):
+            raise RuntimeError(
+                f"The total norm of order {norm_type}, {float(wide)}, is non-finite in float32, "
+                "which this returns: compute a norm of float64 gradients by "
+                "fusedopt.get_total_norm, and clip by it with clip_grads_with_norm_"
+            )
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
             "so it cannot be clipped. To disable this error and scale the gradients by the "
@@ -120,19 +139,22 @@ def get_total_norm(
         and loses digits.
 
     Raises:
-        RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+        RuntimeError: the norm, in the dtype returned, is infinite or NaN, and
+            ``error_if_nonfinite``.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     norm_type = float(norm_type)
     norm = total_norm(tensors, norm_type)
-    if error_if_nonfinite:
-        check_finite(norm, norm_type)
     wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
     dtype = torch.float64 if wide else torch.float32
     device = tensors[0].device if tensors else torch.device("cpu")
     if isinstance(norm, Tensor):
-        return moved(norm, device, dtype)
-    return torch.tensor(norm, dtype=dtype, device=device)
+        rounded = moved(norm, device, dtype)
+    else:
+        rounded = torch.tensor(norm, dtype=dtype, device=device)
+    if error_if_nonfinite:
+        check_finite(rounded, norm_type)
+    return rounded
 
 
 @_engine.not_compiled
@@ -154,7 +176,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a tensor, or any number of them; those without a gradient do not count.
-        max_norm: the largest norm :math:`c`, 0 or more.
+        max_norm: the largest norm :math:`c`, 0 or more; ``inf`` clips nothing.
         norm_type: the order p, as in `get_total_norm`.
         error_if_nonfinite: raise an error if the norm is infinite or NaN.
         foreach: changes nothing here.
@@ -164,7 +186,8 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: max_norm is negative or NaN.
-        RuntimeError: the norm is infinite or NaN, and ``error_if_nonfinite``.
+        RuntimeError: the norm, in the dtype returned, is infinite or NaN, and
+            ``error_if_nonfinite``.
     """
     if isinstance(parameters, types.GeneratorType) and not (parameters := list(parameters)):
         warnings.warn(
@@ -174,21 +197,25 @@ def clip_grad_norm_(
     max_norm = valid_max_norm(max_norm)
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-    if any(_engine.on_device(grad) for grad in grads):
-        _scale_without_waiting(grads, norm, max_norm)
-        return norm
-    factor = _core.clip_coefficient(norm.item(), max_norm)
-    if factor != 1:
+    waits = not any(_engine.on_device(grad) for grad in grads)
+    scale_(grads, coefficient(norm.item() if waits else norm.double(), max_norm))
+    return norm
+
+
+@torch.no_grad()
+def scale_(grads: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply gradients, in place."""
+    if isinstance(factor, Tensor):
+        _scale_without_waiting(grads, factor)
+    elif factor != 1:
         pairs = [(grad, grad) for grad in grads]
         for grad, _ in _engine.engine.apply("scale", [factor], pairs, torch.get_num_threads()):
             grad.mul_(factor)
         torch.autograd.graph.increment_version(grads)
-    return norm
 
 
-def _scale_without_waiting(grads: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients by a norm that only a device knows."""
-    factor = torch.as_tensor(coefficient(norm.double(), max_norm))
+def _scale_without_waiting(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by what only a device knows."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
