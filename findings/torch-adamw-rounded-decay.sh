@@ -19,7 +19,7 @@ start = torch.linspace(1, 2, 1000, dtype=torch.float64)
 
 def run(decay, dtype, **kwargs):
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(start.to(dtype))
+    p = torch.nn.Parameter(start.to(dtype, copy=True))
     optimizer = torch.optim.AdamW([p], lr=LR, weight_decay=decay, **kwargs)
     for _ in range(STEPS):
         p.grad = torch.randn(1000, generator=generator).to(dtype)

@@ -1,5 +1,6 @@
 // Gathering and validation: what a parameter's objects are, and whether they fit together.
 
+#include <algorithm>
 #include <unordered_map>
 
 #include "step/plan.h"
@@ -13,7 +14,7 @@ static std::string device_text(int device) {
 void StepPlan::collect(int threads) {
   collect_usual(threads);
   const size_t count = entries_.size();
-  if (is_ready()) return;
+  if (is_ready() && counts_lie_apart()) return;
   hold();
   state_cursor_ = 0;  // whoever gets the GIL from here on may change the state
   size_t kept = 0;
@@ -32,7 +33,7 @@ void StepPlan::collect(int threads) {
   }
   entries_.erase(entries_.begin() + static_cast<ptrdiff_t>(kept), entries_.end());
   jobs_.resize(kept);
-  if (!in_order_) count_repeats();
+  if (!in_order_ || !counts_lie_apart()) set_repeats_aside();
 }
 
 // Any parameter, whatever it takes; false if there is nothing to do, or nothing that a kernel can.
@@ -65,20 +66,16 @@ bool StepPlan::collect(Entry& entry, size_t at) {
     throw py::value_error(name(entry, "grad") + " has shape " + shape_text(g) + ", expected " +
                           shape_text(p) + "; call zero_grad() and compute it again");
   }
-  if (overlap_out_of_step(p, g)) {  // a copy, or some of it would change before it is read
-    held_.push_back(py::handle(entry.grad).attr("clone")());
-    entry.grad = held_.back().ptr();
-    reader_.read(entry.grad, &g, &held_);
-  }
   if (overlaps_itself(p)) {
     throw py::value_error(name(entry, "") +
                           " is a view in which elements share memory; expected every element in a "
                           "place of its own; pass a clone() of it");
   }
-  grad = entry.grad;
-  if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
   const bool complete = read_states(entry, views);
   if (!entry.fits) return leave_to_torch();
+  separate_streams(&entry, views);
+  grad = entry.grad;
+  if (p.device != kHost && !fit_gradient(&entry, p, &g)) return leave_to_torch();
   if (g.is_local_part) {
     outside.append(py::handle(grad));
     distributed_.push_back(at);
@@ -91,6 +88,32 @@ bool StepPlan::collect(Entry& entry, size_t at) {
     set_norm(g, &layouts_, &jobs_[at]);  // all that it can have by now
   }
   return true;
+}
+
+// Elements are read a register or a tile at a time: where something is written that another stream
+// has elsewhere, the numbers would depend on how many those are. A gradient is copied then, and two
+// that are written are an error.
+void StepPlan::separate_streams(Entry* entry, View* views) {
+  const Group& group = *entry->group;
+  const int streams = kFirstState + static_cast<int>(group.states.size());
+  const auto name_of = [&](int s) {
+    return s == kParam ? std::string("the parameter")
+                       : std::string(group.states[static_cast<size_t>(s - kFirstState)]);
+  };
+  for (int s = 0; s < streams; ++s) {
+    if (s == kGrad) continue;
+    if (overlap_out_of_step(views[s], views[kGrad])) {
+      held_.push_back(py::handle(entry->grad).attr("clone")());
+      entry->grad = held_.back().ptr();
+      reader_.read(entry->grad, &views[kGrad], &held_);
+    }
+    for (int other = 0; other < s; ++other) {
+      if (other == kGrad || !come_close(views[s], views[other])) continue;
+      if (!overlap(views[s], views[other])) continue;
+      throw py::value_error(name(*entry, name_of(s)) + " shares memory with " + name_of(other) +
+                            "; expected memory of its own; store a clone() of it");
+    }
+  }
 }
 
 PyObject* find_next(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
@@ -174,6 +197,13 @@ bool StepPlan::read_states(Entry& entry, View* views) {
   return complete;
 }
 
+// Whether it is a tensor with one element that the memory has the opposite sign of.
+static bool is_yet_to_be_negated(PyObject* object) {
+  const auto tensor = py::reinterpret_borrow<py::object>(object);
+  return py::hasattr(tensor, "is_neg") && py::cast<bool>(tensor.attr("is_neg")()) &&
+         py::cast<int64_t>(tensor.attr("numel")()) == 1;
+}
+
 void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   bool any_order = true;
   entry.step = find(entry.state, step_key(), cursor, &any_order);
@@ -194,6 +224,9 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
     }
     elsewhere = entry.count.device != kHost;  // a checkpoint of another device: read it once
     steps = elsewhere ? py::cast<double>(py::handle(entry.step).attr("item")()) : entry.count.get();
+  } else if (is_yet_to_be_negated(entry.step)) {  // read it once, as a count of another device
+    elsewhere = true;
+    steps = py::cast<double>(py::handle(entry.step).attr("item")());
   } else if (PyLong_Check(entry.step) || PyFloat_Check(entry.step)) {
     steps = PyFloat_AsDouble(entry.step);
     if (PyErr_Occurred()) steps = HUGE_VAL;  // an integer beyond all doubles
@@ -212,16 +245,67 @@ void StepPlan::read_step(Entry& entry, Py_ssize_t* cursor) {
   entry.has_to_move = on_device || elsewhere;
 }
 
-// A parameter that is listed twice is stepped twice, the second time with the next number.
-void StepPlan::count_repeats() {
-  std::unordered_map<PyObject*, double> last;
-  for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps || entry.count.device != kHost) continue;
-    const auto [at, is_new] = last.try_emplace(entry.param, entry.t);
-    if (is_new) continue;
-    entry.t = ++at->second;
-    entry.folded = nullptr;
+// ---- parameters that are listed twice -----------------------------------------------------------
+
+// Whether no two parameters have one count. Remembers where counts have been found to lie apart:
+// from step to step they stay where they are.
+bool StepPlan::counts_lie_apart() {
+  std::vector<const void*>& seen = counts_.seen;
+  size_t count = 0;
+  bool same = true;
+  for (const Entry& entry : entries_) {
+    if (!entry.count.data) continue;
+    if (count == seen.size()) seen.push_back(nullptr);
+    same = same && seen[count] == entry.count.data;
+    seen[count++] = entry.count.data;
   }
+  same = same && count == seen.size();
+  seen.resize(count);
+  if (same) return counts_.apart;
+  std::vector<const void*> sorted = seen;
+  std::sort(sorted.begin(), sorted.end());
+  return counts_.apart = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+}
+
+// A parameter that is listed twice is stepped twice, and the second time it finds what the first
+// has left: states, a count, and weights. So does one whose count is another's, too.
+void StepPlan::set_repeats_aside() {
+  std::unordered_map<const void*, const Group*> seen;  // parameters and counts
+  std::vector<size_t> place(entries_.size());          // where entries go to
+  size_t kept = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& entry = entries_[i];
+    const auto [before, is_first] = seen.try_emplace(entry.param, entry.group);
+    const bool again =
+        !is_first || (entry.count.data && !seen.try_emplace(entry.count.data, nullptr).second);
+    place[i] = again ? entries_.size() : kept;
+    if (!again) {
+      if (kept != i) {
+        entries_[kept] = entry;
+        jobs_[kept] = jobs_[i];
+      }
+      ++kept;
+      continue;
+    }
+    if (entry.usual && entry.folded) --ready_;
+    const bool repeats_first = entry.is_new && !is_first && before->second == entry.group;
+    later_.push_back({number_of(*entry.group), entry.index, repeats_first});
+    fold(*entry.group, entry.t + 1);  // what this refuses, it refuses before anything has changed
+    const bool elsewhere = std::binary_search(distributed_.begin(), distributed_.end(), i);
+    later_norms_.push_back({entry.device, elsewhere ? Job{} : jobs_[i], entry.norm_item});
+  }
+  const auto remap = [&](std::vector<size_t>* indices) {
+    size_t count = 0;
+    for (const size_t i : *indices) {
+      if (place[i] != entries_.size()) (*indices)[count++] = place[i];
+    }
+    indices->resize(count);
+  };
+  remap(&incomplete_);
+  remap(&distributed_);
+  entries_.erase(entries_.begin() + static_cast<ptrdiff_t>(kept), entries_.end());
+  jobs_.resize(kept);
+  schedule_.fits = false;
 }
 
 }  // namespace fusedopt

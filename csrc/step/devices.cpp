@@ -108,6 +108,9 @@ std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
     const bool elsewhere = std::binary_search(distributed_.begin(), distributed_.end(), i);
     if (entries_[i].device == device && !elsewhere) items.push_back(entries_[i].norm_item);
   }
+  for (const LaterNorm& later : later_norms_) {
+    if (later.device == device && later.job.numel) items.push_back(later.norm_item);
+  }
   return items;
 }
 

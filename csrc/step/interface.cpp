@@ -75,15 +75,15 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
   plan.fold_scalars();
   if (plan.uses_devices()) {
-    return step_on_devices(&plan, scaling_source, threads, fallback, outside);
+    return step_on_devices(&plan, state, groups, scaling_source, threads, fallback, outside);
   }
 
   Scaling scaling = read_scaling(scaling_source);
   const bool needs_norm = scaling.needs_norm();
   Verdict verdict{};
   const bool skips = !skip.is_none() && wait_for(skip) != 0;
-  const bool needs_python =
-      skips || plan.lacks_states() || !plan.unsupported.empty() || !plan.outside.empty();
+  const bool needs_python = skips || plan.lacks_states() || !plan.later().empty() ||
+                            !plan.unsupported.empty() || !plan.outside.empty();
   if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
     const std::vector<Job> jobs = plan.jobs_of_norm();
     double sum;
@@ -109,12 +109,29 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
     const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
     if (scaling.needs_norm()) verdict = last;
   }
-  if (!verdict.skipped) plan.advance();
+  if (!verdict.skipped) {
+    plan.advance();
+    step_later(plan.later(), state, groups, threads, scaling.unscale * scaling.coefficient);
+  }
   return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
-py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int threads,
-                                  const py::object& fallback, const py::object& outside) const {
+void Engine::step_later(const std::vector<Place>& later, const py::dict& state,
+                        const py::sequence& groups, int threads, double factor) const {
+  if (later.empty()) return;
+  StepPlan plan(kernels_, reader_, state, groups, /*may_skip=*/false, spare_.get(), &later);
+  plan.collect(threads);
+  plan.fold_scalars();
+  plan.create_missing_states();
+  plan.move_counts();
+  run_updates(plan.jobs(), threads, factor);
+  plan.advance();
+  step_later(plan.later(), state, groups, threads, factor);
+}
+
+py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+                                  const py::object& source, int threads, const py::object& fallback,
+                                  const py::object& outside) const {
   std::vector<DeviceQueue> queues;
   for (const int device : plan->devices()) {
     queues.emplace_back(*device_kernels_, reader_, device);
@@ -183,6 +200,20 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
 
   const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->unsupported.empty()) fallback(plan->unsupported, factor);
+  update_on_devices(plan, queues, threads, factor);
+  std::vector<Place> later = plan->later();
+  while (!later.empty()) {
+    StepPlan next(kernels_, reader_, state, groups, may_skip, spare_.get(), &later);
+    next.collect(threads);
+    next.fold_scalars();
+    update_on_devices(&next, queues, threads, factor);
+    later = next.later();
+  }
+  return py::make_tuple(norm, skipped);
+}
+
+void Engine::update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
+                               double factor) const {
   plan->create_missing_states();
   plan->move_counts();
   for (const DeviceQueue& queue : queues) {
@@ -190,12 +221,12 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::object& source, int 
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
   }
-  if (uses_host) {
+  const std::vector<Job> on_host = plan->jobs_on(kHost);
+  if (!on_host.empty()) {
     py::gil_scoped_release unlocked;
-    run_updates(plan->jobs_on(kHost), threads, factor);
+    run_updates(on_host, threads, factor);
   }
   plan->advance();
-  return py::make_tuple(norm, skipped);
 }
 
 }  // namespace fusedopt

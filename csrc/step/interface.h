@@ -10,7 +10,9 @@
 
 namespace fusedopt {
 
+class DeviceQueue;
 class StepPlan;
+struct Place;
 struct PlanMemory;
 
 class Engine {
@@ -54,8 +56,15 @@ class Engine {
   bool has_kernels(int device) const { return reader_.has_kernels(device); }
 
  private:
-  py::tuple step_on_devices(StepPlan* plan, const py::object& scaling, int threads,
-                            const py::object& fallback, const py::object& outside) const;
+  py::tuple step_on_devices(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+                            const py::object& scaling, int threads, const py::object& fallback,
+                            const py::object& outside) const;
+  // What is left once the factor of the gradients is known, here or there.
+  void update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
+                         double factor) const;
+  // Steps what the plan has set aside, which is to find what it has left.
+  void step_later(const std::vector<Place>& later, const py::dict& state,
+                  const py::sequence& groups, int threads, double factor) const;
 
   const Kernels& kernels_;
   const cuda::Kernels* device_kernels_;

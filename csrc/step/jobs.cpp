@@ -54,8 +54,36 @@ static const char* end_of(const View& view) {
   return view.data + (last + 1) * kItemSize[static_cast<int>(view.dtype)];
 }
 
+bool come_close(const View& a, const View& b) {
+  return a.numel != 0 && b.numel != 0 && a.data < end_of(b) && b.data < end_of(a);
+}
+
+bool overlap(const View& a, const View& b) {
+  if (a.contiguous && b.contiguous) return true;
+  // Columns of one matrix lie between each other: look at every byte.
+  std::vector<bool> taken(static_cast<size_t>(end_of(a) - a.data));
+  const auto for_each_byte = [&](const View& view, auto f) {
+    const Layout dims = dims_by_stride(&view, 1);
+    const int64_t size = kItemSize[static_cast<int>(view.dtype)];
+    const ptrdiff_t start = view.data - a.data;
+    walk(dims, 0, view.numel, [&](int64_t, const int64_t* offsets, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) {
+        const int64_t at = start + (offsets[0] + i * dims[0].stride[0]) * size;
+        for (int64_t byte = at; byte < at + size; ++byte) f(byte);
+      }
+    });
+  };
+  for_each_byte(a, [&](int64_t byte) { taken[static_cast<size_t>(byte)] = true; });
+  bool shared = false;
+  for_each_byte(b, [&](int64_t byte) {
+    const bool inside = byte >= 0 && byte < static_cast<int64_t>(taken.size());
+    shared = shared || (inside && taken[static_cast<size_t>(byte)]);
+  });
+  return shared;
+}
+
 bool overlap_out_of_step(const View& a, const View& b) {
-  if (a.numel == 0 || a.data >= end_of(b) || b.data >= end_of(a)) return false;
+  if (!come_close(a, b)) return false;
   return a.data != b.data || a.dtype != b.dtype ||
          !std::equal(a.strides, a.strides + a.ndim, b.strides);
 }

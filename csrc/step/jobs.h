@@ -16,7 +16,11 @@ inline bool overlaps_itself(const View& view) {
   return !view.contiguous && strided_overlaps_itself(view);
 }
 
-// Whether two views of one shape share memory otherwise than element by element.
+// Whether some bytes lie between the first and the last of both views: if not, they share nothing.
+bool come_close(const View& a, const View& b);
+// Whether two views that come close share memory.
+bool overlap(const View& a, const View& b);
+// Whether two views of one shape come close otherwise than element by element.
 bool overlap_out_of_step(const View& a, const View& b);
 
 // How to walk streams of one shape together; empty if each is one array in the same order.

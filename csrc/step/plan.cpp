@@ -36,7 +36,11 @@ std::string type_text(PyObject* object) {
   if (!py::hasattr(self, "layout") || !py::hasattr(self, "device")) {
     return py::cast<std::string>(py::repr(self));
   }
-  return "a " + text("layout") + " tensor of " + text("dtype") + " and " + text("shape") + " on " +
+  // A class of its own may hold its elements in another way than these words say.
+  const auto type = py::str(py::type::of(self).attr("__name__"));
+  const std::string name = py::cast<std::string>(type);
+  const std::string kind = name == "Tensor" || name == "Parameter" ? "tensor" : name;
+  return "a " + text("layout") + " " + kind + " of " + text("dtype") + " and " + text("shape") + " on " +
          text("device");
 }
 
@@ -66,8 +70,14 @@ PyObject* step_key() {
 }
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-                   const py::sequence& groups, bool may_skip, PlanMemory* spare)
-    : kernels_(kernels), reader_(reader), state_(state), may_skip_(may_skip), spare_(spare) {
+                   const py::sequence& groups, bool may_skip, PlanMemory* spare,
+                   const std::vector<Place>* only)
+    : kernels_(kernels),
+      reader_(reader),
+      state_(state),
+      may_skip_(may_skip),
+      spare_(spare),
+      only_(only) {
   for (const py::handle group : groups) groups_.emplace_back(group);
   swap_with(spare);
 }
@@ -81,6 +91,7 @@ void StepPlan::swap_with(PlanMemory* memory) {
   entries_.swap(memory->entries);
   jobs_.swap(memory->jobs);
   std::swap(schedule_, memory->schedule);
+  std::swap(counts_, memory->counts);
 }
 
 // From Python.
@@ -102,7 +113,7 @@ void StepPlan::fold_scalars() {
   if (is_ready()) return;
   // A rule that keeps no count only tells a parameter's first step from the others.
   for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps) entry.t = entry.is_new ? 1 : 2;
+    if (!entry.group->counts_steps) entry.t = entry.is_new || entry.repeats_first ? 1 : 2;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
@@ -180,6 +191,9 @@ std::vector<Job> StepPlan::jobs_of_norm() const {
   for (const size_t i : distributed_) jobs[i].numel = 0;
   for (size_t i = 0; i < jobs.size(); ++i) {
     if (entries_[i].device != kHost) jobs[i].numel = 0;
+  }
+  for (const LaterNorm& later : later_norms_) {
+    if (later.device == kHost) jobs.push_back(later.job);
   }
   return jobs;
 }

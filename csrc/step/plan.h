@@ -57,6 +57,7 @@ struct Entry {
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
   bool is_new = false;             // lacks a state of its rule
+  bool repeats_first = false;      // see Place
   bool has_to_move = false;        // the count, to where it belongs
   int device = kHost;
   cuda::NormItem norm_item = {};  // of its gradient, on a device
@@ -71,6 +72,17 @@ struct PlanMemory {
   std::vector<Entry> entries;
   std::vector<Job> jobs;
   Schedule schedule;
+  struct {
+    std::vector<const void*> seen;  // where they lay in the last step,
+    bool apart = true;              // and whether no two were one
+  } counts;
+};
+
+// Where a parameter is listed.
+struct Place {
+  int group;
+  Py_ssize_t index;
+  bool repeats_first;  // step of the same group: torch looks for states before it steps a group
 };
 
 PyObject* step_key();  // of a state
@@ -84,8 +96,10 @@ std::string type_text(PyObject* object);  // what an object is, for a message
 class StepPlan {
  public:
   // may_skip: whether a device may find out that nothing is to be done; it then counts the steps.
+  // only: the parameters to step; null: all.
   StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-           const py::sequence& groups, bool may_skip, PlanMemory* spare);
+           const py::sequence& groups, bool may_skip, PlanMemory* spare,
+           const std::vector<Place>* only = nullptr);
   ~StepPlan();
 
   // ---- what may fail, and changes nothing
@@ -105,6 +119,9 @@ class StepPlan {
   int64_t bytes() const;  // that the jobs move
   Schedule* schedule() { return &schedule_; }
   bool lacks_states() const { return !incomplete_.empty(); }
+  // Parameters that are listed, or counted, a second time: a plan of them comes after this one. The
+  // norm is theirs, too.
+  const std::vector<Place>& later() const { return later_; }
 
   // ---- of steps with parameters on devices
   bool uses_devices() const { return uses_devices_; }
@@ -142,7 +159,9 @@ class StepPlan {
                   View* view);
   bool counts_on_device(const Entry& entry) const;
   void read_step(Entry& entry, Py_ssize_t* cursor);
-  void count_repeats();
+  void separate_streams(Entry* entry, View* views);
+  bool counts_lie_apart();
+  void set_repeats_aside();
   const Folded* fold(const Group& group, double t);
   void set_job(const Entry& entry, const View* views, Job* job);
   std::string name(const Entry& entry, const std::string& what) const;
@@ -152,6 +171,7 @@ class StepPlan {
   const py::dict& state_;
   const bool may_skip_;
   PlanMemory* const spare_;
+  const std::vector<Place>* const only_;
   Py_ssize_t state_cursor_ = 0;
   bool uses_devices_ = false;
   bool in_order_ = true;  // each parameter's state was found behind that of the one before
@@ -161,8 +181,16 @@ class StepPlan {
   std::vector<Entry> entries_;
   std::vector<Job> jobs_;  // one an entry
   Schedule schedule_;
+  decltype(PlanMemory::counts) counts_;
   std::vector<size_t> incomplete_;   // entries that lack some state
   std::vector<size_t> distributed_;  // entries whose gradient is in `outside`
+  std::vector<Place> later_;
+  struct LaterNorm {
+    int device;
+    Job job;                   // on the CPU
+    cuda::NormItem norm_item;  // or on a device
+  };
+  std::vector<LaterNorm> later_norms_;
   Held held_;
   std::vector<TorchAbi::Hold> held_grads_;  // of usual parameters, which may have no Python object
   std::deque<Folded> folded_;

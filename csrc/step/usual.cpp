@@ -84,6 +84,19 @@ bool StepPlan::find_usual(Entry* entry) {
   return slow && slow != Py_None;
 }
 
+// Whether some of these arrays of equal shapes share memory.
+static bool any_come_close(const View* views, int count) {
+  const auto end = [](const View& view) {
+    return view.data + view.numel * kItemSize[static_cast<int>(view.dtype)];
+  };
+  for (int s = 1; s < count; ++s) {
+    for (int other = 0; other < s; ++other) {
+      if (views[s].data < end(views[other]) && views[other].data < end(views[s])) return true;
+    }
+  }
+  return false;
+}
+
 bool StepPlan::read_usual(Entry* entry, Job* job) {
   const Group& group = *entry->group;
   if (!entry->records[kGrad] || reader_.abi().asks_python(entry->records[kGrad])) return false;
@@ -96,7 +109,7 @@ bool StepPlan::read_usual(Entry* entry, Job* job) {
       return false;
     }
   }
-  if (overlap_out_of_step(views[kParam], views[kGrad])) return false;
+  if (any_come_close(views, streams)) return false;
   double t = 2;
   if (group.counts_steps) {
     if (!reader_.read_count(entry->step_record, &entry->count)) return false;
@@ -123,6 +136,16 @@ static void for_each_record(const Entry& entry, F f) {
 }
 
 void StepPlan::collect_usual(int threads) {
+  if (only_) {
+    schedule_.fits = false;
+    for (const Place& place : *only_) {
+      const Group& group = groups_[static_cast<size_t>(place.group)];
+      PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), place.index);
+      entries_.emplace_back(&group, place.index, param).repeats_first = place.repeats_first;
+    }
+    jobs_.resize(entries_.size());
+    return;
+  }
   // With fewer parameters a thread, waking all takes longer than they save. (Waking some would make
   // OpenMP's runtime end the others.)
   constexpr size_t kManyOfThread = 64;

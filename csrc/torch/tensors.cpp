@@ -190,7 +190,7 @@ bool TensorReader::set_count(const RawTensor& tensor, Count* count) const {
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] != 1) return false;
   }
-  if (!has_memory(tensor, 1)) return false;
+  if (!has_memory(tensor, 1) || tensor.negated) return false;
   count->data = tensor.data;
   switch (tensor.type) {
     case RawTensor::f32: count->type = Count::f32; return true;
