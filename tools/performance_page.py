@@ -1,11 +1,11 @@
-"""Writes the figures of docs/performance.json into docs/performance.md, and draws its pictures.
+"""Writes the figures of docs/performance.json into docs/performance.md and README.md, and draws.
 
 docs/performance_again.json is a second run, of the same rows or of some of them; the two files
 docs/performance_kept*.json are runs with memory that stays in the process.
 
     python tools/performance_page.py [--check]
 
-A block of the page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is what the function of
+A block of a page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is what the function of
 that name below returns. With --check, nothing is written, and a page that is not up to date is an
 error.
 """
@@ -23,6 +23,7 @@ from fusedopt.bench.results import Report, RowResult, Timing, read
 from fusedopt.bench.table import best_peer
 
 DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS / "performance.md", DOCS.parent / "README.md"]
 PEERS = ["torch fused", "torch fused + grad_scale", "torch foreach", "torch loop", "torch.compile"]
 PEERS += ["DeepSpeed"]
 
@@ -251,9 +252,21 @@ def repeated(first: Report, again: Report) -> str:
     return summary + "\n\n" + table(header, lines)
 
 
+def share(report: Report) -> str:
+    """Return what the README says of its rule."""
+    row = next(row for row in select(report, "plain") if row.row.startswith("GPT-2 124M, AdamW,"))
+    ours = row.find(OURS)
+    assert ours
+    return (
+        f"A step of GPT-2 with it, in float32 on {row.threads} threads, takes "
+        f"{ours.milliseconds:.1f} ms: {ours.share_of_limit:.0%} of what the memory allows\n"
+        f"(row {row.row}, of [Performance](docs/performance.md#the-step-float32))."
+    )
+
+
 BLOCKS: list[Callable[[Report], str]] = [
     *(machine, peers, float32, cold, clip, scaler, bfloat16, one_thread),
-    *(first_step, overhead, training, scaling, again, kept, kept_again),
+    *(first_step, overhead, training, scaling, again, kept, kept_again, share),
 ]
 
 
@@ -279,6 +292,9 @@ def draw(report: Report) -> None:
         if row.model == "GPT-2 124M" or (row.optimizer == "AdamW" and row.mode == "plain")
     ]
     draw_rows(chosen, DOCS / "performance.png", report.machine)
+    first = ["GPT-2 124M, AdamW,", "GPT-2 124M, AdamW, clip,", "1000 x 1K, AdamW,"]
+    short = [next(row for row in chosen if row.row.startswith(name)) for name in first]
+    draw_rows(short, DOCS / "performance_short.png", report.machine)
     if report.scaling:
         draw_scaling(report.scaling, DOCS / "performance_scaling.png", report.machine)
 
@@ -286,15 +302,15 @@ def draw(report: Report) -> None:
 def main() -> None:
     """Write, or check."""
     report = read(DOCS / "performance.json")
-    path = DOCS / "performance.md"
-    old = path.read_text()
-    new = page(old, report)
-    if sys.argv[1:] == ["--check"]:
-        if new != old:
+    for path in PAGES:
+        old = path.read_text()
+        new = page(old, report)
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(new)
+        elif new != old:
             sys.exit(f"{path} is not what tools/performance_page.py makes: run it")
-        return
-    path.write_text(new)
-    draw(report)
+    if sys.argv[1:] != ["--check"]:
+        draw(report)
 
 
 if __name__ == "__main__":
