@@ -37,9 +37,9 @@ PYTHON: Floors = (
     (OPTIMIZERS,),
     ("_base",),
     ("_clipping", "_fallback", "_hooked"),
-    ("clip",),
+    ("_pending", "clip"),
     ("_norms",),
-    ("_engine", "_memory"),
+    ("_engine", "_memory", "_ranks"),
     ("_core", "_numeric"),
 )
 
