@@ -2,7 +2,7 @@
 // take its bits. Included inside a back end's namespace, after FUSEDOPT_FN is defined.
 
 #include "cuda/access.h"
-#include "numeric/scalar.h"
+#include "cuda/scalar.h"
 #include "rules/list.h"
 
 // ---- an update ----------------------------------------------------------------------------------

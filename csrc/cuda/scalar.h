@@ -1,4 +1,4 @@
-// The functions of rules for one element, which vec.h has for a register of them. Included inside a
+// The functions of rules for one element; numeric/vec.h has them for a register. Included inside a
 // back end's namespace, after FUSEDOPT_FN is defined.
 #pragma once
 
