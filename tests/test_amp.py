@@ -183,8 +183,8 @@ def test_a_skip_by_the_scaler_tells_the_norm() -> None:
 
 
 def test_amp_scaling_is_off_unless_asked_for() -> None:
-    for kwargs in ({}, {"fused": True}):
-        optimizer: Any = fusedopt.Adam(parameters(), **kwargs)
+    for fused in (None, True):
+        optimizer: Any = fusedopt.Adam(parameters(), fused=fused)
         assert not optimizer._step_supports_amp_scaling
     optimizer = fusedopt.Adam(parameters(), amp_scaling=True)
     assert optimizer._step_supports_amp_scaling

@@ -203,7 +203,8 @@ def test_a_parameter_that_is_listed_again_behind_an_older_one(config: Config, ga
 
 def test_a_group_that_steps_nothing_may_have_any_options(gather: str) -> None:
     p, frozen = parameters([(5,), (5,)])
-    optimizer = fusedopt.AdamW([{"params": [p]}, {"params": [frozen], "betas": (1.0, 0.999)}])
+    groups: list[dict[str, Any]] = [{"params": [p]}, {"params": [frozen], "betas": (1.0, 0.999)}]
+    optimizer = fusedopt.AdamW(groups)
     expected = fusedopt.AdamW(q := parameters([(5,)]))
     for step in range(2):
         set_gradients([p], step)

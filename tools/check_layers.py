@@ -39,7 +39,7 @@ PYTHON: Floors = (
     ("_clipping", "_fallback", "_hooked"),
     ("_pending", "clip"),
     ("_norms",),
-    ("_engine", "_memory", "_ranks"),
+    ("_engine", "_memory", "_options", "_ranks"),
     ("_core", "_numeric"),
 )
 

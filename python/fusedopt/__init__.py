@@ -1,4 +1,4 @@
-"""Fused, bit-exact drop-in optimizers for PyTorch."""
+"""Fused drop-in optimizers for PyTorch, the same bits on every machine."""
 
 from importlib.metadata import version as _version
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt import _engine, _norms, _ranks, clip
 from fusedopt._clipping import NOTHING, Clips
 from fusedopt._engine import Group, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._hooked import Hooked
+from fusedopt._options import OPTIONS, refuse_groups_of_another
 
-# What an optimizer keeps besides its state, where a pickle has it, and what it is where it has not.
-_KEPT = {
-    "max_grad_norm": None,
-    "skip_nonfinite": False,
-    "amp_scaling": False,
-    "_skipped_steps": 0,
-    "_pending": NOTHING,
-}
 SLOW = "slow"  # the key of Lookahead's slow weights in the state
+SEE_FUSED = "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`."  # in a class docstring
 
 
 class Rule(NamedTuple):
@@ -40,14 +34,6 @@ class Rule(NamedTuple):
     """Whether the state holds a ``step``."""
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of every fused optimizer; see `Fused`."""
-
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    amp_scaling: bool
-
-
 class Fused(Clips, FallsBack, Hooked):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
@@ -55,6 +41,7 @@ class Fused(Clips, FallsBack, Hooked):
     the rule's scalars (`_scalars`); `reference` is the same rule in plain operators.
 
     Args:
+        params: parameters, named parameters or param groups.
         *args: the torch class's.
         max_grad_norm: clip the gradients of each step, all groups together, to this 2-norm:
             multiply them by ``min(1, max_grad_norm / (norm + 1e-6))`` inside the update. ``p.grad``
@@ -65,21 +52,17 @@ class Fused(Clips, FallsBack, Hooked):
         **kwargs: the torch class's.
 
     Raises:
-        ValueError: max_grad_norm is negative or NaN.
+        ValueError: max_grad_norm is negative or NaN; or a param group has one of these three, or
+            was made for another optimizer that has them.
         RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 
-    # These live on the optimizer: libraries that flatten checkpoints fail on unknown group keys. On
-    # the class there are no defaults, which would hide them in a wrapper that takes it on.
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    amp_scaling: bool
-    _skipped_steps: int | Tensor
-
+    _skipped_steps: int | Tensor = 0
     _skipped: bool | Tensor = False  # whether the last step was
 
     def __init__(
         self,
+        params: ParamsT,
         *args: Any,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -88,26 +71,40 @@ class Fused(Clips, FallsBack, Hooked):
     ) -> None:
         if max_grad_norm is not None:
             clip.valid_max_norm(max_grad_norm, "max_grad_norm")
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.amp_scaling = amp_scaling
-        self._skipped_steps = 0
+        options = {
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "amp_scaling": amp_scaling,
+        }
+        refuse_groups_of_another(params, options)
         self._made_by_zero = _ranks.called_by_zero()
-        super().__init__(*args, **kwargs)
+        self._asked = options
+        super().__init__(params, *args, **kwargs)
+        self._asked = None
+        for name, value in options.items():
+            setattr(self, name, value)
         if self._made_by_zero and (max_grad_norm is not None or skip_nonfinite):
             self._refuse_if_split()
 
     def __init_subclass__(cls) -> None:
+        """Put the arguments of `Fused` where the docstring of a class refers to them."""
         super().__init_subclass__()
-        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]  # only inspect reads it
+        if cls.__doc__ and Fused.__doc__:
+            _, name, rest = Fused.__doc__.partition("max_grad_norm:")
+            text = name + rest.partition("**kwargs")[0].rstrip()
+            cls.__doc__ = cls.__doc__.replace(SEE_FUSED, text)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in _KEPT}
-        return {**super().__getstate__(), **kept, "_skipped_steps": self.skipped_steps}
+        kept = {"_skipped_steps": self.skipped_steps, "_pending": self._pending}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        kept = {name: vars(self).get(name, default) for name, default in _KEPT.items()}
-        super().__setstate__({**kept, **state})
+        state = dict(state)
+        options = {name: state.pop(name) for name in OPTIONS if name in state}
+        super().__setstate__(state)
+        # (Pickles may have them beside the defaults.)
+        for name in OPTIONS:
+            setattr(self, name, options.get(name, getattr(self, name)))
 
     @property
     def skipped_steps(self) -> int:
@@ -116,7 +113,7 @@ class Fused(Clips, FallsBack, Hooked):
         For non-finite gradients (with ``skip_nonfinite``), or because a GradScaler told the step to
         (with ``amp_scaling``, or a `fusedopt.GradScaler`).
         """
-        return int(vars(self._itself())["_skipped_steps"])
+        return int(vars(self._itself()).get("_skipped_steps", 0))
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
@@ -228,6 +225,7 @@ class Fused(Clips, FallsBack, Hooked):
                     self.state[p][key] = value.to(p.device)
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
+        self._refuse_options_in(group)
         rule = self._rule(group)
         lr = group["lr"]
         if (
@@ -277,16 +275,3 @@ class Fused(Clips, FallsBack, Hooked):
 def _is_read_there(lr: Tensor) -> bool:
     """Return whether a device folds this learning rate, so that nobody waits for it."""
     return on_device(lr) and lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64)
-
-
-def _signature(cls: type[Fused]) -> inspect.Signature:
-    """Return what the constructor takes: torch's arguments and those of `Fused`."""
-    owner = next(base for base in cls.__mro__ if base is not Fused and "__init__" in vars(base))
-    own = inspect.signature(owner.__init__)  # type: ignore[misc]  # of a class, on purpose
-    params = list(own.parameters.values())[1:]
-    passes_on = not issubclass(owner, Fused) or any(p.kind is p.VAR_KEYWORD for p in params)
-    if passes_on:
-        added = inspect.signature(Fused.__init__).parameters
-        params = [p for p in params if p.kind is not p.VAR_KEYWORD]
-        params += [added[name] for name in Options.__annotations__]
-    return inspect.Signature(params)

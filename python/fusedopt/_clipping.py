@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fusedopt import _engine, _norms, _ranks, clip
 from fusedopt._engine import Scaling
+from fusedopt._options import HasOptions
 from fusedopt._pending import Pending
 
 NOTHING = Pending()
@@ -23,12 +24,8 @@ def found_inf(optimizer: Optimizer) -> bool:
     return found is not None and _engine.number(found) != 0
 
 
-class Clips(Optimizer):
+class Clips(HasOptions):
     """Clipping, loss scales and skipped steps, for `fusedopt._base.Fused`."""
-
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    amp_scaling: bool
 
     _norm: float | Tensor | None = None  # what grad_norm returns
     _pending: Pending = NOTHING
@@ -116,9 +113,10 @@ class Clips(Optimizer):
         """Return the optimizer itself.
 
         Lightning's wrapper takes on the class of what it wraps, so the methods below get it as
-        self: what they keep there, the step would never see.
+        self: what they keep there, the step would never see. It has no groups of its own.
         """
-        itself: Clips = vars(self).get("_optimizer", self)
+        mine = vars(self)
+        itself: Clips = self if "param_groups" in mine else mine.get("_optimizer", self)
         return itself
 
     @property

@@ -19,6 +19,7 @@ class Follower(Protocol):
     """What a step knows of the `fusedopt.Lookahead` around it."""
 
     def alpha_now(self, group: dict[str, Any]) -> float: ...
+
     def following(self, params: list[Tensor]) -> AbstractContextManager[None]: ...
 
 
@@ -26,6 +27,7 @@ class FallsBack(Optimizer):
     """The fallback, for `fusedopt._base.Fused`."""
 
     _lookahead: Follower | None = None  # during a step that one makes
+    _without_kernel = "torch's own implementation"  # what makes a step then
 
     def _fall_back(
         self,
@@ -80,8 +82,8 @@ class FallsBack(Optimizer):
             return
         warned.add(cause)
         warnings.warn(
-            f"fusedopt.{type(self).__name__} has no kernel for {cause}: torch's own "
-            "implementation steps them, correctly and at its own speed",
+            f"fusedopt.{type(self).__name__} has no kernel for {cause}: {self._without_kernel} "
+            "steps them, correctly and at its own speed",
             stacklevel=2,
         )
 

@@ -1,11 +1,10 @@
 """Adagrad."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
@@ -27,7 +26,56 @@ class Adagrad(Fused, torch.optim.Adagrad):
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Duchi, Hazan & Singer 2011, "Adaptive subgradient methods for online learning
     and stochastic optimization", JMLR 12:2121.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        lr_decay: :math:`\eta`.
+        weight_decay: :math:`\lambda`.
+        initial_accumulator_value: :math:`\tau`, where the sums begin.
+        eps: :math:`\epsilon`, which bounds the step where gradients are tiny.
+        foreach: accepted as by torch; changes nothing.
+        maximize: negate the gradients first.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        fused: accepted as by torch; changes nothing.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         return Rule("adagrad", (bool(group["weight_decay"] != 0),), ("sum",), counts_steps=True)

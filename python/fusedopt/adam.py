@@ -1,11 +1,11 @@
 """Adam and AdamW."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
@@ -46,7 +46,62 @@ class Adam(Fused, torch.optim.Adam):
 
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Kingma & Ba 2014, arXiv:1412.6980; Reddi et al. 2018, arXiv:1904.09237.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        betas: :math:`\beta_1, \beta_2`: how slowly :math:`m` and :math:`v` forget, each in [0, 1).
+        eps: :math:`\epsilon`, which bounds the step where gradients are tiny.
+        weight_decay: :math:`\lambda`.
+        amsgrad: divide by the largest :math:`v` so far.
+        foreach: accepted as by torch; changes nothing.
+        maximize: negate the gradients first.
+        capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        fused: accepted as by torch; changes nothing.
+        decoupled_weight_decay: shrink the parameters by it, instead of adding it to the gradients.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
@@ -98,7 +153,60 @@ class Adam(Fused, torch.optim.Adam):
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """Fused `torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 by default.
+    r"""Fused `torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 by default.
 
     Source: Loshchilov & Hutter 2017, arXiv:1711.05101. Formula, state, dtypes: see `Adam`.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        betas: :math:`\beta_1, \beta_2`: how slowly :math:`m` and :math:`v` forget, each in [0, 1).
+        eps: :math:`\epsilon`, which bounds the step where gradients are tiny.
+        weight_decay: decoupled decay :math:`\lambda`.
+        amsgrad: divide by the largest :math:`v` so far.
+        maximize: negate the gradients first.
+        foreach: accepted as by torch; changes nothing.
+        capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        fused: accepted as by torch; changes nothing.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        # Past that of Adam: torch's AdamW says by itself that the decay is decoupled.
+        super(Adam, self).__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )

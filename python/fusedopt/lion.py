@@ -1,20 +1,15 @@
 """Lion."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Options, Rule
+from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
 from fusedopt._numeric import accumulate
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Lion(Fused, Optimizer):
@@ -38,11 +33,13 @@ class Lion(Fused, Optimizer):
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         weight_decay: decoupled decay :math:`\lambda`; three to ten times AdamW's.
         maximize: negate the gradients first.
-        **options: ``max_grad_norm``, ``skip_nonfinite``, ``amp_scaling``: see `Fused`.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
     """
+
+    _without_kernel = "its rule in torch's operators"
 
     def __init__(
         self,
@@ -52,7 +49,9 @@ class Lion(Fused, Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        **options: Unpack[Options],
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -64,7 +63,13 @@ class Lion(Fused, Optimizer):
         if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, **options)
+        super().__init__(
+            params,
+            defaults,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -91,6 +91,9 @@ class Lookahead(Hooked):
         super().__setstate__({**shared, **state})
         self._count_from_0()
 
+    def __repr__(self) -> str:
+        return f"Lookahead (\nk: {self.k}\nalpha: {self.alpha}\noptimizer: {self.optimizer!r}\n)"
+
     def _count_from_0(self) -> None:
         for group in self.param_groups:
             group.setdefault("lookahead_step", 0)

@@ -1,11 +1,11 @@
 """RAdam."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
@@ -38,7 +38,56 @@ class RAdam(Fused, torch.optim.RAdam):
 
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Liu et al. 2019, arXiv:1908.03265.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        betas: :math:`\beta_1, \beta_2`: how slowly :math:`m` and :math:`v` forget, each in [0, 1).
+        eps: :math:`\epsilon`, which bounds the step where gradients are tiny.
+        weight_decay: :math:`\lambda`.
+        decoupled_weight_decay: shrink the parameters by it, instead of adding it to the gradients.
+        foreach: accepted as by torch; changes nothing.
+        maximize: negate the gradients first.
+        capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]

@@ -1,10 +1,10 @@
 """RMSprop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
@@ -32,7 +32,59 @@ class RMSprop(Fused, torch.optim.RMSprop):
 
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Hinton 2012, lecture 6e; centered: Graves 2013, arXiv:1308.0850.
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        alpha: :math:`\alpha`: how slowly :math:`v` forgets.
+        eps: :math:`\epsilon`, which bounds the step where gradients are tiny.
+        weight_decay: :math:`\lambda`.
+        momentum: :math:`\mu`.
+        centered: divide by the standard deviation of the gradients.
+        capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
+        foreach: accepted as by torch; changes nothing.
+        maximize: negate the gradients first.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            alpha,
+            eps,
+            weight_decay,
+            momentum,
+            centered,
+            capturable,
+            foreach,
+            maximize,
+            differentiable,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         decay = bool(group["weight_decay"] != 0)

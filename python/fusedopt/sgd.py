@@ -1,10 +1,10 @@
 """Stochastic gradient descent."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fusedopt._base import Fused, Rule
 from fusedopt._engine import number
@@ -27,7 +27,56 @@ class SGD(Fused, torch.optim.SGD):
     Parameters: float32, float64, bfloat16, float16, any strides; computed in float32 (float64 for
     float64). Source: Sutskever et al. 2013, "On the importance of initialization and momentum in
     deep learning".
+
+    Args:
+        params: parameters, named parameters or param groups.
+        lr: learning rate :math:`\gamma`, a float or a one-element tensor.
+        momentum: :math:`\mu`.
+        dampening: :math:`\tau`.
+        weight_decay: :math:`\lambda`.
+        nesterov: look ahead by the momentum, which must be positive, without dampening.
+        maximize: negate the gradients first.
+        foreach: accepted as by torch; changes nothing.
+        differentiable: let autograd see the step, which torch's own implementation makes then.
+        fused: accepted as by torch; changes nothing.
+        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            amp_scaling=amp_scaling,
+        )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         decay = bool(group["weight_decay"] != 0)

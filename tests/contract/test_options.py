@@ -31,7 +31,7 @@ def test_options_live_on_the_optimizer_and_survive_copies(
     optimizer = config.cls(parameters(), **config.kwargs, **options)
     plain = config.cls(parameters(), **config.kwargs)
     optimizer.skipped_steps = 3
-    assert optimizer.defaults.keys() == plain.defaults.keys()
+    assert optimizer.param_groups[0].keys() == plain.param_groups[0].keys()
     assert optimizer.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
     again = copied(optimizer)
     again.load_state_dict(plain.state_dict())  # which has none of them

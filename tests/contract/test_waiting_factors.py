@@ -130,7 +130,8 @@ def test_a_factor_of_gradients_that_are_gone_serves_no_step(
 def test_a_first_group_without_parameters() -> None:
     (p,) = parameters([(5,)])
     set_gradients([p], 0)
-    optimizer = fusedopt.SGD([{"params": []}, {"params": [p]}], lr=0.1, max_grad_norm=0.5)
+    groups: list[dict[str, list[Any]]] = [{"params": []}, {"params": [p]}]
+    optimizer = fusedopt.SGD(groups, lr=0.1, max_grad_norm=0.5)
     norm = optimizer.clip_grad_norm_(0.5)
     optimizer.step()
     assert optimizer.grad_norm is not None

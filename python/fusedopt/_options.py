@@ -1,0 +1,125 @@
+"""The options that every fused optimizer adds to torch's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Generic, TypeVar, overload
+from weakref import WeakValueDictionary
+
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+
+# Those of which an option was set, by their id: what `refuse_groups_of_another` looks through.
+_with_options: WeakValueDictionary[int, Optimizer] = WeakValueDictionary()
+
+
+class Option(Generic[T]):
+    """An attribute kept in the optimizer's ``defaults``, while it is not what it is by default.
+
+    There, copies and pickles have it, and whoever makes an optimizer anew from ``defaults`` takes
+    it along: with a class of torch, that is an error instead of a loss. A wrapper that takes on the
+    class and passes on attributes, as Lightning's does, has that of the optimizer inside.
+    """
+
+    def __init__(self, default: T) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, optimizer: None, owner: type) -> Option[T]: ...
+    @overload
+    def __get__(self, optimizer: Optimizer, owner: type) -> T: ...
+
+    def __get__(self, optimizer: Optimizer | None, owner: type) -> T | Option[T]:
+        if optimizer is None:
+            return self
+        value: T = optimizer.defaults.get(self.name, self.default)
+        return value
+
+    def __set__(self, optimizer: Optimizer, value: T) -> None:
+        if value == self.default:
+            optimizer.defaults.pop(self.name, None)
+        else:
+            optimizer.defaults[self.name] = value
+            _with_options[id(optimizer)] = optimizer
+
+
+class HasOptions(Optimizer):
+    """The options, for `fusedopt._base.Fused`.
+
+    They are of all gradients together, and no keys of param groups: libraries that flatten
+    checkpoints fail on keys they do not know.
+    """
+
+    max_grad_norm = Option[float | None](None)
+    skip_nonfinite = Option[bool](False)
+    amp_scaling = Option[bool](False)
+
+    _asked: dict[str, Any] | None = None  # options, while the constructor makes the groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as torch does.
+
+        Raises:
+            ValueError: it has an option that is the optimizer's.
+        """
+        self._refuse_options_in(param_group)
+        super().add_param_group(param_group)
+        for name in OPTIONS:
+            param_group.pop(name, None)  # of the defaults
+
+    def __repr__(self) -> str:
+        given = _given(self)
+        if not given:
+            return super().__repr__()
+        lines = "".join(f"    {name}: {value}\n" for name, value in given.items())
+        return f"{super().__repr__().removesuffix(')')}All groups\n{lines})"
+
+    def _refuse_options_in(self, group: dict[str, Any]) -> None:
+        """Raise an error if a param group has an option of its own, which nothing would heed."""
+        for name in OPTIONS:
+            if name not in group:
+                continue
+            if group[name] != (self._asked[name] if self._asked else getattr(self, name)):
+                raise ValueError(
+                    f"a param group has {name}={group[name]!r}, expected that on the optimizer: it "
+                    f"is of the gradients of all groups together; pass {name}= to the constructor, "
+                    f"or set optimizer.{name}, and delete it from the group"
+                )
+
+
+OPTIONS = {name: value for name, value in vars(HasOptions).items() if isinstance(value, Option)}
+
+
+def refuse_groups_of_another(params: Any, options: dict[str, Any]) -> None:
+    """Raise an error if params are the groups of an optimizer with options that are not in these.
+
+    The groups do not have them, so an optimizer made of those groups would do without.
+    """
+    if not _with_options or not isinstance(params, (list, tuple)):
+        return
+    lists = {id(group.get("params")) for group in params if isinstance(group, dict)}
+    for reference in _with_options.valuerefs():
+        other = reference()
+        if other is None or lists.isdisjoint(_ids_of_lists(other.param_groups)):
+            continue
+        for name, value in _given(other).items():
+            if options[name] == OPTIONS[name].default:
+                raise ValueError(
+                    f"these are param groups of a {type(other).__name__} with {name}={value!r}, "
+                    f"which groups do not have, so that it would be lost; pass {name}= here, too, "
+                    "or give it to this optimizer alone, by attribute where a library calls the "
+                    "constructor"
+                )
+
+
+def _ids_of_lists(groups: Iterable[dict[str, Any]]) -> set[int]:
+    return {id(group["params"]) for group in groups}
+
+
+def _given(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the options that are not at their defaults."""
+    return {name: optimizer.defaults[name] for name in OPTIONS if name in optimizer.defaults}
