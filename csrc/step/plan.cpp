@@ -40,8 +40,8 @@ std::string type_text(PyObject* object) {
   const auto type = py::str(py::type::of(self).attr("__name__"));
   const std::string name = py::cast<std::string>(type);
   const std::string kind = name == "Tensor" || name == "Parameter" ? "tensor" : name;
-  return "a " + text("layout") + " " + kind + " of " + text("dtype") + " and " + text("shape") + " on " +
-         text("device");
+  return "a " + text("layout") + " " + kind + " of " + text("dtype") + " and " + text("shape") +
+         " on " + text("device");
 }
 
 // For example: exp_avg of params[3] ('layer.weight') of group 1
