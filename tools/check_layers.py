@@ -40,7 +40,7 @@ PYTHON: Floors = (
     ("_pending", "clip"),
     ("_norms",),
     ("_engine", "_memory", "_options", "_ranks"),
-    ("_core", "_numeric"),
+    ("_core", "_numeric", "_operators"),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt import _engine, _norms, _ranks, clip
+from fusedopt import _engine, _norms, _operators, _ranks, clip
 from fusedopt._clipping import NOTHING, Clips
 from fusedopt._engine import Group, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
@@ -162,6 +162,8 @@ class Fused(Clips, FallsBack, Hooked):
             norm, skipped = self._norm_of_gradients(scaling) if asked else math.nan, True
         else:
             norm, skipped = self._update(self.param_groups, scaling)
+        if self._lookahead:
+            self._lookahead.count(skipped)
         self._norm = norm if asked else pending.norm
         self._pending = NOTHING
         self._skipped = skipped
@@ -183,6 +185,8 @@ class Fused(Clips, FallsBack, Hooked):
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
         """Step what has a gradient in these groups; return its norm, and whether that skipped."""
+        if _operators.must_be_seen(next((g["params"] for g in groups if g["params"]), ())):
+            return self._update_by_operators(groups, scaling)
         return _engine.engine.step(
             self.state,
             [self._engine_group(group) for group in groups],
@@ -191,6 +195,32 @@ class Fused(Clips, FallsBack, Hooked):
             lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
             lambda gradients: _norms.power_sum(gradients, 2),
         )
+
+    def _update_by_operators(
+        self, groups: list[dict[str, Any]], scaling: Scaling
+    ) -> tuple[float | Tensor, bool | Tensor]:
+        """Do the same where torch's operators are to be seen."""
+        with_gradient = [
+            (i, p) for i, group in enumerate(groups) for p in group["params"] if p.grad is not None
+        ]
+        gradients = [p.grad for _, p in with_gradient]
+        norm: float | Tensor = math.nan
+        factor = scaling.unscale * scaling.coefficient
+        if scaling.max_norm is not None or scaling.skip_nonfinite:
+            norm = _norms.total_norm(gradients, 2) * scaling.unscale
+        if scaling.max_norm is not None:
+            factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
+        skips = [] if scaling.skip is None else [scaling.skip]
+        skips += [~torch.as_tensor(norm).isfinite()] if scaling.skip_nonfinite else []
+        if skips and _operators.is_traced():
+            raise RuntimeError(
+                "this step is traced into a graph, which cannot leave it out where gradients are "
+                "infinite or NaN: trace with skip_nonfinite=False and without a gradient scaler"
+            )
+        if any(bool(skip) for skip in skips if not _operators.has_no_values(skip)):
+            return norm, True
+        self._fall_back(groups, with_gradient, factor, warns=False)
+        return norm, False
 
     # ---- groups, states, checkpoints ---------------------------------------------------------
 

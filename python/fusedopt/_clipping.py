@@ -30,7 +30,7 @@ class Clips(HasOptions):
     _norm: float | Tensor | None = None  # what grad_norm returns
     _pending: Pending = NOTHING
     _scaler_asks: bool = False  # a fusedopt.GradScaler wants to know of non-finite gradients
-    _released: bool = False  # by release_gradients
+    _release: object = None  # what release_gradients has made of it
     _made_by_zero: bool = False
     _split: str | None = None  # what has split the parameters among ranks; None if not looked for
 
@@ -54,7 +54,9 @@ class Clips(HasOptions):
         ):
             self._refuse_if_split()
         # (Tensors first: to compare one would be to wait for it.)
-        if self._released and (any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()):
+        if self._release is not None and (
+            any(isinstance(x, Tensor) for x in scaling) or scaling != Scaling()
+        ):
             self._refuse_if_released()
         return scaling
 
@@ -76,7 +78,7 @@ class Clips(HasOptions):
 
     def _refuse_if_released(self) -> None:
         """Raise an error if gradients are gone before what was asked of them can be known."""
-        if self._released:
+        if self._release is not None:
             raise RuntimeError(
                 "release_gradients frees each gradient before those of other parameters exist, but "
                 "max_grad_norm, skip_nonfinite, clip_grad_norm_ and gradient scalers need all at "

@@ -20,6 +20,8 @@ class Follower(Protocol):
 
     def alpha_now(self, group: dict[str, Any]) -> float: ...
 
+    def count(self, skipped: bool | Tensor) -> None: ...
+
     def following(self, params: list[Tensor]) -> AbstractContextManager[None]: ...
 
 
@@ -33,7 +35,9 @@ class FallsBack(Optimizer):
         self,
         all_groups: list[dict[str, Any]],
         unsupported: list[tuple[int, Tensor]],
-        factor: float,
+        factor: float | Tensor,
+        *,
+        warns: bool = True,
     ) -> None:
         """Step (group index, parameter) pairs with torch's own implementation.
 
@@ -42,7 +46,8 @@ class FallsBack(Optimizer):
         by_group: dict[int, list[Tensor]] = {}
         # Sparse gradients first: a torch class that refuses them then does so before any update.
         for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
-            self._warn_of_fallback(_cause(all_groups[index], p))
+            if warns:
+                self._warn_of_fallback(_cause(all_groups[index], p))
             by_group.setdefault(index, []).append(p)
         groups = [{**all_groups[i], "params": params} for i, params in by_group.items()]
         params = [p for _, p in unsupported]
@@ -89,12 +94,12 @@ class FallsBack(Optimizer):
 
 
 @contextmanager
-def _scaled_gradients(params: Sequence[Tensor], factor: float) -> Iterator[None]:
+def _scaled_gradients(params: Sequence[Tensor], factor: float | Tensor) -> Iterator[None]:
     """Let these parameters have other gradients meanwhile: theirs times factor."""
     gradients = [p.grad for p in params]
     try:
         for p, gradient in zip(params, gradients, strict=True):
-            if factor != 1 and gradient is not None:
+            if gradient is not None and (isinstance(factor, Tensor) or factor != 1):
                 p.grad = gradient * factor
         yield
     finally:

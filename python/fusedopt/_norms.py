@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import _engine
+from fusedopt import _engine, _operators
 
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
@@ -19,6 +19,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     A DTensor counts as the whole tensor, on every rank. With tensors on a device the norm is a
     float64 tensor there, which nobody has waited for, if the order is 1, 2 or infinity.
     """
+    if _operators.must_be_seen(tensors):
+        return _operators.total_norm(tensors, norm_type) if tensors else 0.0
     if norm_type not in (1, 2, math.inf):
         return _norm_of_norms(tensors, norm_type)
     total, others = _engine_sum(tensors, norm_type)

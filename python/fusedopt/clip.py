@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import _core, _engine
+from fusedopt import _core, _engine, _operators
 from fusedopt._norms import moved, total_norm
 
 # ---- the readable spec ---------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def clip_grad_norm_(
     max_norm = valid_max_norm(max_norm)
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-    waits = not any(_engine.on_device(grad) for grad in grads)
+    waits = not (_operators.must_be_seen(grads) or any(_engine.on_device(grad) for grad in grads))
     scale_(grads, coefficient(norm.item() if waits else norm.double(), max_norm))
     return norm
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt import _engine
+from fusedopt import _engine, _operators
 from fusedopt._base import SLOW, Fused
 from fusedopt._clipping import found_inf
 from fusedopt._hooked import Hooked
@@ -135,21 +135,34 @@ class Lookahead(Hooked):
         if isinstance(self.optimizer, Fused):
             self.optimizer._lookahead = self
             try:
-                loss = step()
+                return step()
             finally:
                 self.optimizer._lookahead = None
-            skipped = self.optimizer._skipped
-        else:
-            params = [p for group in self.param_groups for p in group["params"]]
-            # A closure is yet to compute the gradients.
-            stepped = params if closure else [p for p in params if p.grad is not None]
-            with self.following(stepped):
-                loss = step()
-                skipped = found_inf(self.optimizer)
+        params = [p for group in self.param_groups for p in group["params"]]
+        # A closure is yet to compute the gradients.
+        stepped = params if closure else [p for p in params if p.grad is not None]
+        follow = self._begin_to_follow(stepped)
+
+        def count(*_: Any) -> None:
+            skipped = found_inf(self.optimizer)
+            if not skipped:
+                follow()
+            self.count(skipped)
+
+        # Ahead of other hooks, behind which an error would leave the step uncounted.
+        hook = self.optimizer.register_step_post_hook(count)
+        hooks: Any = self.optimizer._optimizer_step_post_hooks  # an OrderedDict
+        hooks.move_to_end(hook.id, last=False)
+        try:
+            return step()
+        finally:
+            hook.remove()
+
+    def count(self, skipped: bool | Tensor) -> None:
+        """Count a step that the wrapped optimizer has made, unless it was skipped."""
         if not skipped:
             for group in self.param_groups:
                 group["lookahead_step"] = (group.get("lookahead_step", 0) + 1) % self.k
-        return loss
 
     def alpha_now(self, group: dict[str, Any]) -> float:
         """Return how far the slow weights of a group follow in this step: 0 but in every k-th."""
@@ -158,6 +171,13 @@ class Lookahead(Hooked):
     @contextmanager
     def following(self, params: list[Tensor]) -> Iterator[None]:
         """Keep the slow weights of parameters that others step inside the with block."""
+        follow = self._begin_to_follow(params)
+        yield
+        if not found_inf(self.optimizer):
+            follow()
+
+    def _begin_to_follow(self, params: list[Tensor]) -> Callable[[], None]:
+        """Return what is to be called once others have stepped these parameters."""
         fresh = {}
         for p in params:
             slow = self.state.get(p, {}).get(SLOW)
@@ -168,24 +188,26 @@ class Lookahead(Hooked):
                     f"{SLOW} of a parameter has shape {tuple(slow.shape)}, expected "
                     f"{tuple(p.shape)}; load a checkpoint of this model, or delete it to start anew"
                 )
-        yield
-        if found_inf(self.optimizer):
-            return
-        for p, slow in fresh.items():  # not before: torch takes a state that has a key as complete
-            if p.grad is not None:
-                self.state[p][SLOW] = slow
         chosen = set(params)
-        for group in self.param_groups:
-            if self.alpha_now(group) == 0:
-                continue
-            moved = [p for p in group["params"] if p in chosen and p.grad is not None]
-            self._move(moved)
+
+        def follow() -> None:
+            # Not before: torch takes a state that has a key as complete.
+            for p, slow in fresh.items():
+                if p.grad is not None:
+                    self.state[p][SLOW] = slow
+            for group in self.param_groups:
+                if self.alpha_now(group) != 0:
+                    self._move([p for p in group["params"] if p in chosen and p.grad is not None])
+
+        return follow
 
     @torch.no_grad()
     def _move(self, params: list[Tensor]) -> None:
-        rows = [(p, p, self.state[p][SLOW]) for p in params]
-        threads = torch.get_num_threads()
-        for p, _, slow in _engine.engine.apply("lookahead", [self.alpha], rows, threads):
+        rows: Sequence[Sequence[Tensor]] = [(p, p, self.state[p][SLOW]) for p in params]
+        if not _operators.must_be_seen(params):
+            threads = torch.get_num_threads()
+            rows = _engine.engine.apply("lookahead", [self.alpha], rows, threads)
+        for p, _, slow in rows:
             wide = torch.promote_types(p.dtype, torch.float32)
             new_slow, new_p = self.reference(p.to(wide), slow.to(wide), alpha=self.alpha)
             slow.copy_(new_slow)

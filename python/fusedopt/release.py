@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 from fusedopt._base import Fused
 from fusedopt.lookahead import Lookahead
 
+# Where a parameter is listed: its names there, by the index of a group.
+Places = dict[int, list[str | None]]
+
 
 class GradientRelease:
     """What `release_gradients` returns; `remove`, or the end of a with block, undoes it."""
@@ -21,13 +25,16 @@ class GradientRelease:
         self._optimizer = optimizer
         self._lookahead = lookahead
         self._handles: list[Any] = []
+        # The hooks know it weakly: the collector does not see what torch holds for them, and would
+        # never free the model. So that it lives as long as the optimizer does, that has it.
+        optimizer._release = self
 
     def remove(self) -> None:
         """Let gradients stay until `step` again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._optimizer._released = False
+        self._optimizer._release = None
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -40,25 +47,40 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
-    def _add(self, p: Tensor, group_index: int, name: str | None) -> None:
+    def _add(self, p: Tensor, places: Places) -> None:
+        """Step p during backward, wherever it is listed."""
+        weakly = ref(self)
+
         def step_and_free(p: Tensor) -> None:
-            optimizer = self._optimizer
-            scaling = optimizer._scaling()
-            # By its index: loading a checkpoint replaces the groups.
-            group = {**optimizer.param_groups[group_index], "params": [p]}
-            if name is not None:
-                group["param_names"] = [name]
-            around = optimizer._lookahead  # a step with a closure may be under way
-            optimizer._lookahead = self._lookahead
-            try:
-                optimizer._update([group], scaling)
-            finally:
-                optimizer._lookahead = around
+            release = weakly()
+            if release is None:
+                raise RuntimeError(
+                    "the optimizer that was to step this parameter during backward is gone: keep "
+                    "it, or what release_gradients returned, while the model is trained"
+                )
+            release._step(p, places)
             p.grad = None
 
         # (Torch leaves it untyped.)
         hook = p.register_post_accumulate_grad_hook(step_and_free)  # type: ignore[no-untyped-call]
         self._handles.append(hook)
+
+    def _step(self, p: Tensor, places: Places) -> None:
+        optimizer = self._optimizer
+        scaling = optimizer._scaling()
+        # By their indices: loading a checkpoint replaces the groups.
+        groups = []
+        for index, names in places.items():
+            group = {**optimizer.param_groups[index], "params": [p] * len(names)}
+            if names[0] is not None:
+                group["param_names"] = names
+            groups.append(group)
+        around = optimizer._lookahead  # a step with a closure may be under way
+        optimizer._lookahead = self._lookahead
+        try:
+            optimizer._update(groups, scaling)
+        finally:
+            optimizer._lookahead = around
 
 
 def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientRelease:
@@ -71,7 +93,9 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
     those of parameters that are not the model's; schedulers and hooks of `step` count it, and a
     `Lookahead` needs it to count its k. A closure passed to `step` works: its backward pass makes
     the update. Hyper-parameters are read when a parameter is stepped, so each backward pass is one
-    step, and gradients cannot be accumulated over several.
+    step, and gradients cannot be accumulated over several. Keep the optimizer, or what this
+    returns. A gradient scaler does not go with it, and cannot be refused in time: a scaled loss
+    looks like any other, and has stepped the parameters before ``scaler.step`` raises an error.
 
     Args:
         model: its parameters are stepped, as far as the optimizer has them and they require a
@@ -99,19 +123,21 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
             "release_gradients would step before DistributedDataParallel has averaged the "
             "gradients, and its replicas would drift apart; use fully_shard instead"
         )
-    if fused._released:
+    if fused._release is not None:
         raise RuntimeError("the gradients of this optimizer are released already")
     release = GradientRelease(fused, lookahead)
-    fused._released = True
     try:
         fused._scaling()
     except (RuntimeError, ValueError):
         release.remove()
         raise
-    of_model = set(model.parameters())
+    places: dict[Tensor, Places] = {}
     for index, group in enumerate(fused.param_groups):
         names = group.get("param_names") or [None] * len(group["params"])
         for p, name in zip(group["params"], names, strict=True):
-            if p in of_model and p.requires_grad:
-                release._add(p, index, name)
+            places.setdefault(p, {}).setdefault(index, []).append(name)
+    of_model = set(model.parameters())
+    for p, where in places.items():
+        if p in of_model and p.requires_grad:
+            release._add(p, where)
     return release
