@@ -32,11 +32,11 @@ OPTIMIZERS = "an optimizer a file"  # whatever has no other room and no undersco
 PYTHON: Floors = (
     ("__main__", "bench", "integrations"),
     ("__init__",),
-    ("amp", "release"),
+    ("amp", "release", "swap"),
     ("lookahead",),
     (OPTIMIZERS,),
     ("_base",),
-    ("_clipping", "_fallback", "_hooked"),
+    ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_pending", "clip"),
     ("_norms",),
     ("_engine", "_memory", "_options", "_ranks"),

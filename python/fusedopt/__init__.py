@@ -18,6 +18,7 @@ from fusedopt.release import GradientRelease as GradientRelease
 from fusedopt.release import release_gradients as release_gradients
 from fusedopt.rmsprop import RMSprop as RMSprop
 from fusedopt.sgd import SGD as SGD
+from fusedopt.swap import as_torch_optim as as_torch_optim
 
 __version__ = _version("fusedopt")
 

@@ -14,6 +14,7 @@ from fusedopt import _engine, _norms, _operators, _ranks, clip
 from fusedopt._clipping import NOTHING, Clips
 from fusedopt._engine import Group, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
+from fusedopt._from_torch import FromTorch
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, refuse_groups_of_another
 
@@ -34,7 +35,7 @@ class Rule(NamedTuple):
     """Whether the state holds a ``step``."""
 
 
-class Fused(Clips, FallsBack, Hooked):
+class Fused(Clips, FallsBack, Hooked, FromTorch):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
