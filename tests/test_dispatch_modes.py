@@ -72,9 +72,13 @@ def test_a_mode_sees_nothing_of_a_step_that_is_skipped() -> None:
     assert not optimizer.state
 
 
+each_dispatch = pytest.mark.parametrize("pre", [False, True], ids=["", "pre-dispatch"])
+
+
+@each_dispatch
 @each_optimizer
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=str)
-def test_a_traced_step_steps(config: Config, options: dict[str, Any]) -> None:
+def test_a_traced_step_steps(config: Config, options: dict[str, Any], pre: bool) -> None:
     """The graph moves the parameters that it is called with, as an eager step does."""
 
     def step(weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -86,7 +90,7 @@ def test_a_traced_step_steps(config: Config, options: dict[str, Any]) -> None:
 
     weights = [p.detach().clone() for p in params_of()]
     gradients = [values((5,), 7, torch.float32), values((3, 4), 8, torch.float32)]
-    graph = make_fx(step)(copy.deepcopy(weights), gradients)
+    graph = make_fx(step, pre_dispatch=pre)(copy.deepcopy(weights), gradients)
     others = [x * 2 for x in gradients]
     traced = graph(copy.deepcopy(weights), others)
     eager = step(copy.deepcopy(weights), others)
@@ -95,7 +99,8 @@ def test_a_traced_step_steps(config: Config, options: dict[str, Any]) -> None:
         assert not torch.equal(found, before)
 
 
-def test_a_traced_step_that_may_be_skipped_is_refused() -> None:
+@each_dispatch
+def test_a_traced_step_that_may_be_skipped_is_refused(pre: bool) -> None:
     def step(p: Tensor, gradient: Tensor) -> Tensor:
         p = p.detach()
         p.grad = gradient
@@ -103,11 +108,12 @@ def test_a_traced_step_that_may_be_skipped_is_refused() -> None:
         return p
 
     with pytest.raises(RuntimeError, match="skip_nonfinite=False"):
-        make_fx(step)(torch.ones(3), torch.ones(3))
+        make_fx(step, pre_dispatch=pre)(torch.ones(3), torch.ones(3))
 
 
+@each_dispatch
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
-def test_a_traced_clip_clips(norm_type: float) -> None:
+def test_a_traced_clip_clips(norm_type: float, pre: bool) -> None:
     def clipped(gradient: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.zeros_like(gradient)
         p.grad = gradient.clone()
@@ -116,7 +122,7 @@ def test_a_traced_clip_clips(norm_type: float) -> None:
         return p.grad, norm
 
     gradient = values((3, 4), 1, torch.float32)
-    graph = make_fx(clipped)(torch.ones(3, 4))
+    graph = make_fx(clipped, pre_dispatch=pre)(torch.ones(3, 4))
     for found, expected in zip(graph(gradient), clipped(gradient), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -143,6 +149,13 @@ def test_counters_of_operations_change_nothing() -> None:
         ours.step()
     plain.step()
     near(ours, plain)
+
+
+def test_a_norm_under_a_mode_takes_any_layout() -> None:
+    tensors = [torch.tensor([3.0, 0.0]).to_sparse(), torch.zeros(0), torch.tensor([4.0j])]
+    with Seen():
+        assert float(fusedopt.get_total_norm(tensors)) == 5
+        assert float(fusedopt.get_total_norm(tensors, float("inf"))) == 4
 
 
 # ---- without values ------------------------------------------------------------------------------

@@ -228,8 +228,9 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch parent.
 
-        Unlike torch, which casts every state tensor to its parameter's dtype, this keeps the dtype
-        that was saved, so that a reload changes no bit of the next step.
+        State tensors get their parameter's dtype, as in torch, unless that cannot hold them:
+        float32 states of a bfloat16 parameter stay float32, where torch rounds them. So no digit is
+        lost, and a checkpoint that was saved in 16 bits goes on in float32.
         """
         saved: dict[str, Any] = {}
         handles = [
@@ -252,7 +253,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             for key, value in saved["state"].get(i, {}).items():
                 if key == "step" or not isinstance(value, Tensor) or value.is_complex():
                     continue
-                if self.state[p][key].dtype != value.dtype:
+                if torch.promote_types(value.dtype, p.dtype) != p.dtype:
                     self.state[p][key] = value.to(p.device)
 
     def _engine_group(self, group: dict[str, Any]) -> Group:

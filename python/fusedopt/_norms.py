@@ -20,7 +20,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     float64 tensor there, which nobody has waited for, if the order is 1, 2 or infinity.
     """
     if _operators.must_be_seen(tensors):
-        return _operators.total_norm(tensors, norm_type) if tensors else 0.0
+        return _norm_by_operators(tensors, norm_type) if tensors else 0.0
     if norm_type not in (1, 2, math.inf):
         return _norm_of_norms(tensors, norm_type)
     total, others = _engine_sum(tensors, norm_type)
@@ -94,6 +94,13 @@ def _reduce_over(
 
 def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
     """Return the norm by torch's operators, any tensor and any order."""
+    return float(_norm_by_operators(tensors, norm_type, "cpu")) if tensors else 0.0
+
+
+def _norm_by_operators(
+    tensors: Sequence[Tensor], norm_type: float, device: str | None = None
+) -> Tensor:
+    """Return the same in float64, there or on the first tensor's device."""
     norms = []
     for tensor in tensors:
         x = tensor.detach()
@@ -101,11 +108,14 @@ def _norm_of_norms(tensors: Sequence[Tensor], norm_type: float) -> float:
             x = _without_partial_sums(x).full_tensor()
         if x.layout != torch.strided:
             x = x.coalesce().values() if x.is_sparse else x.to_dense()
+        if x.numel() == 0:  # which has no largest element
+            norms.append(torch.zeros((), dtype=torch.float64, device=x.device))
+            continue
         wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
-        norms.append(torch.linalg.vector_norm(wide, norm_type).cpu())
-    if not norms:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(norms), norm_type))
+        norms.append(torch.linalg.vector_norm(wide, norm_type))
+    there = [norm.to(device or norms[0].device) for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(there), norm_type)
+    return total
 
 
 def _join(norm_type: float, a: float | Tensor, b: float | Tensor) -> float | Tensor:

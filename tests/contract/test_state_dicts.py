@@ -97,21 +97,21 @@ def test_older_checkpoints_load(config: Config, age: str) -> None:
 
 @each_optimizer
 def test_hooks_of_loading_have_the_last_word(config: Config) -> None:
-    params = parameters([(4,)], torch.float32)
+    params = parameters([(4,)], torch.bfloat16)
     optimizer = config.cls(params, **config.kwargs)
     train(optimizer, params, 1)
     state_dict = copy.deepcopy(optimizer.state_dict())
     for state in state_dict["state"].values():
-        state.update({k: v.bfloat16() for k, v in state.items() if k != "step"})
+        state.update({k: v.float() for k, v in state.items() if k != "step"})
 
     def widen(opt: Optimizer) -> None:
         for state in opt.state.values():
-            assert {v.dtype for k, v in state.items() if k != "step"} == {torch.bfloat16}
-            state.update({k: v.float() for k, v in state.items()})
+            assert {v.dtype for k, v in state.items() if k != "step"} == {torch.float32}
+            state.update({k: v.double() for k, v in state.items()})
 
     handle = optimizer.register_load_state_dict_post_hook(widen)
     optimizer.load_state_dict(state_dict)
-    assert {v.dtype for v in optimizer.state[params[0]].values()} == {torch.float32}
+    assert {v.dtype for v in optimizer.state[params[0]].values()} == {torch.float64}
     handle.remove()
     optimizer.register_load_state_dict_post_hook(lambda opt: opt.state.clear())
     optimizer.load_state_dict(state_dict)
