@@ -21,14 +21,16 @@ class Halved(Tensor):
 
     @staticmethod
     def __new__(cls, stored: Tensor) -> Halved:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # no types in torch
+        made = Tensor._make_wrapper_subclass(
             cls, stored.shape, dtype=torch.float32, device=stored.device
         )
         made.stored = stored.half()
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's has other types
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"Halved has no {func}")
 
 
@@ -38,5 +40,5 @@ def test_the_error_names_the_class_of_a_state_that_is_none_of_torch_s(gather: st
     p.grad = torch.ones(3)
     optimizer.step()
     optimizer.state[p]["exp_avg"] = Halved(torch.ones(3))
-    with pytest.raises(TypeError, match="exp_avg of params.0. is a torch.strided Halved of"):
+    with pytest.raises(TypeError, match=r"exp_avg of params.0. is a torch.strided Halved of"):
         optimizer.step()

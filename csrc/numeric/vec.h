@@ -108,17 +108,17 @@ Vec<T> sign(Vec<T> x) {
 // NaN where x is. (GCC 12 compares and blends where one instruction would do.)
 #if defined(__AVX512F__)
 inline Vec<float> min(Vec<float> x, float most) {
-  return {_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(most), x.lanes)};
+  return {_mm512_maskz_min_ps(0xffff, Vec<float>{}.lanes + most, x.lanes)};
 }
 inline Vec<double> min(Vec<double> x, double most) {
-  return {_mm512_maskz_min_pd(0xff, _mm512_set1_pd(most), x.lanes)};
+  return {_mm512_maskz_min_pd(0xff, Vec<double>{}.lanes + most, x.lanes)};
 }
 #elif defined(__AVX2__)
 inline Vec<float> min(Vec<float> x, float most) {
-  return {_mm256_min_ps(_mm256_set1_ps(most), x.lanes)};
+  return {_mm256_min_ps(Vec<float>{}.lanes + most, x.lanes)};
 }
 inline Vec<double> min(Vec<double> x, double most) {
-  return {_mm256_min_pd(_mm256_set1_pd(most), x.lanes)};
+  return {_mm256_min_pd(Vec<double>{}.lanes + most, x.lanes)};
 }
 #else
 template <class T>

@@ -19,6 +19,12 @@ FUSEDOPT_WIDE_FN Lanes sqrt_each(Lanes x) {
   return x;
 }
 
+// The second, too, where a number is none.
+template <class Lanes>
+FUSEDOPT_WIDE_FN Lanes min_each(Lanes a, Lanes b) {
+  return a < b ? a : b;
+}
+
 // AVX-512's rearrangements of small elements are those of AVX2, in each half of the register.
 template <class F>
 FUSEDOPT_WIDE_FN __m512i in_halves(__m512i a, __m512i b, F f) {
@@ -64,6 +70,8 @@ FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvecto
 #undef _mm512_maskz_cvtps_ph
 #define _mm512_maskz_sqrt_ps(mask, x) sqrt_each(x)
 #define _mm512_maskz_sqrt_pd(mask, x) sqrt_each(x)
+#define _mm512_maskz_min_ps(mask, a, b) min_each(a, b)
+#define _mm512_maskz_min_pd(mask, a, b) min_each(a, b)
 #define _mm512_maskz_cvtps_pd(mask, x) decode_f32(x)
 #define _mm512_maskz_cvtph_ps(mask, x) decode_f16(x)
 #define _mm512_maskz_cvtps_ph(mask, x, rounding) encode_f16(x)
