@@ -113,7 +113,7 @@ def test_complex_parameters_fall_back(config: Config) -> None:
 def test_devices_without_a_kernel_fall_back(config: Config) -> None:
     """The meta device, which every torch has, stands for all of them."""
     meta, p = Parameter(torch.ones(3, device="meta")), Parameter(torch.ones(3))
-    optimizer = config.cls([meta, p], **config.kwargs)
+    optimizer = config.cls([p, meta], **config.kwargs)
     meta.grad, p.grad = torch.ones(3, device="meta"), torch.ones(3)
     with pytest.warns(UserWarning, match=FALLS_BACK.format(config.name, "parameters on meta")):
         optimizer.step()
