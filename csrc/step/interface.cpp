@@ -74,7 +74,8 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   plan.collect(threads);
   if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
   plan.fold_scalars();
-  if (plan.uses_devices()) {
+  const ParamReader& params = plan.params();
+  if (params.uses_devices()) {
     return step_on_devices(&plan, state, groups, scaling_source, threads, fallback, outside);
   }
 
@@ -83,7 +84,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   Verdict verdict{};
   const bool skips = !skip.is_none() && wait_for(skip) != 0;
   const bool needs_python = skips || plan.lacks_states() || !plan.later().empty() ||
-                            !plan.unsupported.empty() || !plan.outside.empty();
+                            !params.unsupported().empty() || !params.outside().empty();
   if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
     const std::vector<Job> jobs = plan.jobs_of_norm();
     double sum;
@@ -91,42 +92,39 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
       py::gil_scoped_release unlocked;
       sum = run_norm(kernels_, Norm::two, jobs, threads);
     }
-    if (!plan.outside.empty()) sum += wait_for(outside(plan.outside));
+    if (!params.outside().empty()) sum += wait_for(outside(params.outside()));
     verdict = decide(scaling, sum);
     if (verdict.skipped) return py::make_tuple(verdict.norm, true);
     scaling = {};
     scaling.coefficient = verdict.factor;
   }
   if (skips) return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, true);
-  if (!plan.unsupported.empty()) {
-    fallback(plan.unsupported, scaling.unscale * scaling.coefficient);
-  }
-  plan.create_missing_states();
-  plan.move_counts();
+  const double factor = scaling.unscale * scaling.coefficient;
+  if (!params.unsupported().empty()) fallback(params.unsupported(), factor);
+  plan.complete_states();
   {
     std::optional<py::gil_scoped_release> unlocked;
-    if (plan.holds()) unlocked.emplace();
+    if (params.holds()) unlocked.emplace();
     const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
     if (scaling.needs_norm()) verdict = last;
   }
   if (!verdict.skipped) {
     plan.advance();
-    step_later(plan.later(), state, groups, threads, scaling.unscale * scaling.coefficient);
+    step_later(plan.later(), state, groups, may_skip, {}, threads, factor);
   }
   return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
-void Engine::step_later(const std::vector<Place>& later, const py::dict& state,
-                        const py::sequence& groups, int threads, double factor) const {
-  if (later.empty()) return;
-  StepPlan plan(kernels_, reader_, state, groups, /*may_skip=*/false, spare_.get(), &later);
-  plan.collect(threads);
-  plan.fold_scalars();
-  plan.create_missing_states();
-  plan.move_counts();
-  run_updates(plan.jobs(), threads, factor);
-  plan.advance();
-  step_later(plan.later(), state, groups, threads, factor);
+void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
+                        const py::sequence& groups, bool may_skip,
+                        const std::vector<DeviceQueue>& queues, int threads, double factor) const {
+  while (!later.empty()) {
+    StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
+    plan.collect_again(later);
+    plan.fold_scalars();
+    update_on_devices(&plan, queues, threads, factor);
+    later = plan.later();
+  }
 }
 
 py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const py::sequence& groups,
@@ -152,8 +150,8 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const p
       py::gil_scoped_release unlocked;
       sum = run_norm(kernels_, Norm::two, plan->jobs_of_norm(), threads);
     }
-    if (!plan->outside.empty()) {
-      const py::object rest = outside(plan->outside);
+    if (!plan->params().outside().empty()) {
+      const py::object rest = outside(plan->params().outside());
       if (PyFloat_Check(rest.ptr())) {
         sum += py::cast<double>(rest);
       } else {
@@ -165,15 +163,16 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const p
   Scaling scaling;
   py::object norm = py::float_(kNoNorm);
   py::object skipped = py::bool_(false);
-  // Whoever needs the verdict on the CPU waits for it.
-  if (uses_host || !plan->unsupported.empty() || (may_skip && plan->skips_on_host())) {
-    scaling = read_scaling(source);
-    if (needs_norm) {
-      for (DeviceQueue& queue : queues) {
-        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
-      }
-      for (const py::handle each : sums) sum += wait_for(each);
+  const bool waits =
+      uses_host || !plan->params().unsupported().empty() || (may_skip && plan->skips_on_host());
+  if (needs_norm && (waits || queues.size() > 1)) {  // each device needs the others' sums
+    for (DeviceQueue& queue : queues) {
+      sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
     }
+  }
+  if (waits) {  // for the verdict, which is needed on the CPU
+    scaling = read_scaling(source);
+    for (const py::handle each : sums) sum += wait_for(each);
     const Verdict verdict = decide(scaling, sum);
     if (needs_norm) norm = py::float_(verdict.norm);
     if (verdict.skipped || (!skip.is_none() && wait_for(skip) != 0)) {
@@ -182,11 +181,6 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const p
     scaling = {};
     scaling.coefficient = verdict.factor;
   } else if (needs_norm || may_skip || has_tensors(source)) {
-    if (needs_norm && queues.size() > 1) {  // each device needs the others' sums
-      for (DeviceQueue& queue : queues) {
-        sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
-      }
-    }
     for (DeviceQueue& queue : queues) {
       const bool alone = needs_norm && queues.size() == 1;
       queue.decide(source, sum, sums,
@@ -199,23 +193,15 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const p
   }
 
   const double factor = scaling.unscale * scaling.coefficient;
-  if (!plan->unsupported.empty()) fallback(plan->unsupported, factor);
+  if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
   update_on_devices(plan, queues, threads, factor);
-  std::vector<Place> later = plan->later();
-  while (!later.empty()) {
-    StepPlan next(kernels_, reader_, state, groups, may_skip, spare_.get(), &later);
-    next.collect(threads);
-    next.fold_scalars();
-    update_on_devices(&next, queues, threads, factor);
-    later = next.later();
-  }
+  step_later(plan->later(), state, groups, may_skip, queues, threads, factor);
   return py::make_tuple(norm, skipped);
 }
 
 void Engine::update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
                                double factor) const {
-  plan->create_missing_states();
-  plan->move_counts();
+  plan->complete_states();
   for (const DeviceQueue& queue : queues) {
     const bool in_order = Overlaps().any(plan->jobs_on(queue.device()));
     queue.update(plan->updates(queue.device(), factor), in_order);

@@ -12,7 +12,7 @@ namespace fusedopt {
 
 class DeviceQueue;
 class StepPlan;
-struct Place;
+struct Repeat;
 struct PlanMemory;
 
 class Engine {
@@ -62,9 +62,10 @@ class Engine {
   // What is left once the factor of the gradients is known, here or there.
   void update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
                          double factor) const;
-  // Steps what the plan has set aside, which is to find what it has left.
-  void step_later(const std::vector<Place>& later, const py::dict& state,
-                  const py::sequence& groups, int threads, double factor) const;
+  // Steps what a plan has set aside, which is to find what it has left.
+  void step_later(std::vector<Repeat> later, const py::dict& state, const py::sequence& groups,
+                  bool may_skip, const std::vector<DeviceQueue>& queues, int threads,
+                  double factor) const;
 
   const Kernels& kernels_;
   const cuda::Kernels* device_kernels_;

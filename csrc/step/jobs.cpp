@@ -49,16 +49,31 @@ bool strided_overlaps_itself(const View& view) {
 
 // One past the last byte.
 static const char* end_of(const View& view) {
+  if (view.contiguous || !view.numel)
+    return view.data + view.numel * kItemSize[static_cast<int>(view.dtype)];
   int64_t last = 0;
   for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
   return view.data + (last + 1) * kItemSize[static_cast<int>(view.dtype)];
 }
 
-bool come_close(const View& a, const View& b) {
+// Whether some bytes lie between the first and the last of both: if not, they share nothing.
+static bool come_close(const View& a, const View& b) {
   return a.numel != 0 && b.numel != 0 && a.data < end_of(b) && b.data < end_of(a);
 }
 
+bool any_come_close(const View* views, int count) {
+  const char* end[kMaxStreams + 1];
+  for (int s = 0; s < count; ++s) {
+    end[s] = end_of(views[s]);
+    for (int other = 0; other < s; ++other) {
+      if (views[s].data < end[other] && views[other].data < end[s]) return true;
+    }
+  }
+  return false;
+}
+
 bool overlap(const View& a, const View& b) {
+  if (!come_close(a, b)) return false;
   if (a.contiguous && b.contiguous) return true;
   // Columns of one matrix lie between each other: look at every byte.
   std::vector<bool> taken(static_cast<size_t>(end_of(a) - a.data));

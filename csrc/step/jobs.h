@@ -16,9 +16,9 @@ inline bool overlaps_itself(const View& view) {
   return !view.contiguous && strided_overlaps_itself(view);
 }
 
-// Whether some bytes lie between the first and the last of both views: if not, they share nothing.
-bool come_close(const View& a, const View& b);
-// Whether two views that come close share memory.
+// Whether two of them may overlap, by their first and last bytes.
+bool any_come_close(const View* views, int count);
+// Whether two views share memory.
 bool overlap(const View& a, const View& b);
 // Whether two views of one shape come close otherwise than element by element.
 bool overlap_out_of_step(const View& a, const View& b);

@@ -1,175 +1,207 @@
 #include "step/plan.h"
 
-#include <pybind11/stl.h>
+#include <algorithm>
+#include <atomic>
+#include <unordered_map>
+#include <utility>
 
-#include "cpu/dispatch.h"
+#include "engine/parallel.h"
 
 namespace fusedopt {
 
-Group::Group(py::handle source)
-    : params(py::tuple(source.attr("params"))),
-      names(source.attr("names")),
-      has_kernel(py::cast<bool>(source.attr("has_kernel"))),
-      rule(py::cast<std::string>(source.attr("rule"))),
-      flags(py::cast<int>(source.attr("flags"))),
-      states(py::cast<std::vector<py::str>>(source.attr("states"))),
-      has_slow(py::cast<bool>(source.attr("has_slow"))),
-      alpha(py::cast<double>(source.attr("alpha"))),
-      counts_steps(py::cast<bool>(source.attr("counts_steps"))),
-      counts_on_device(py::cast<bool>(source.attr("counts_on_device"))),
-      starts_unlike(py::cast<bool>(source.attr("starts_unlike"))),
-      grad_scale(py::cast<double>(source.attr("grad_scale"))),
-      lr(source.attr("lr")),
-      fold(source.attr("fold")),
-      create_state(source.attr("create_state")),
-      move_count(source.attr("move_count")) {
-  if (rule_states() > kMaxStates) throw std::logic_error("rule " + rule + ": raise kMaxStates");
-}
-
-// ---- messages -----------------------------------------------------------------------------------
-
-std::string type_text(PyObject* object) {
-  const auto self = py::reinterpret_borrow<py::object>(object);
-  const auto text = [&](const char* attribute) {
-    return py::cast<std::string>(py::str(self.attr(attribute)));
-  };
-  if (!py::hasattr(self, "layout") || !py::hasattr(self, "device")) {
-    return py::cast<std::string>(py::repr(self));
+StepPlan::StepPlan(const Kernels& kernels, const TensorReader& tensors, const py::dict& state,
+                   const py::sequence& groups, bool may_skip, PlanMemory* spare)
+    : kernels_(kernels), spare_(spare), params_(tensors, state, may_skip) {
+  const bool is_only = groups.size() == 1;
+  for (const py::handle group : groups) {
+    groups_.emplace_back(group, static_cast<int>(groups_.size()), is_only, kernels);
   }
-  // A class of its own may hold its elements in another way than these words say.
-  const auto type = py::str(py::type::of(self).attr("__name__"));
-  const std::string name = py::cast<std::string>(type);
-  const std::string kind = name == "Tensor" || name == "Parameter" ? "tensor" : name;
-  return "a " + text("layout") + " " + kind + " of " + text("dtype") + " and " + text("shape") +
-         " on " + text("device");
-}
-
-// For example: exp_avg of params[3] ('layer.weight') of group 1
-std::string StepPlan::name(const Entry& entry, const std::string& what) const {
-  std::string text =
-      what + (what.empty() ? "" : " of ") + "params[" + std::to_string(entry.index) + "]";
-  const py::object& names = entry.group->names;
-  if (!names.is_none() && entry.index < static_cast<Py_ssize_t>(py::len(names))) {
-    text += " ('" + py::cast<std::string>(names[py::int_(entry.index)]) + "')";
-  }
-  if (groups_.size() > 1) text += " of group " + std::to_string(number_of(*entry.group));
-  return text;
-}
-
-int StepPlan::number_of(const Group& group) const {
-  int number = 0;
-  while (&groups_[number] != &group) ++number;
-  return number;
-}
-
-// ---- the parts of a step but for collect --------------------------------------------------------
-
-PyObject* step_key() {
-  static PyObject* const key = PyUnicode_InternFromString("step");
-  return key;
-}
-
-StepPlan::StepPlan(const Kernels& kernels, const TensorReader& reader, const py::dict& state,
-                   const py::sequence& groups, bool may_skip, PlanMemory* spare,
-                   const std::vector<Place>* only)
-    : kernels_(kernels),
-      reader_(reader),
-      state_(state),
-      may_skip_(may_skip),
-      spare_(spare),
-      only_(only) {
-  for (const py::handle group : groups) groups_.emplace_back(group);
-  swap_with(spare);
+  std::swap(memory_, *spare);
 }
 
 StepPlan::~StepPlan() {
-  entries_.clear();
-  swap_with(spare_);
+  memory_.entries.clear();
+  std::swap(memory_, *spare_);
 }
 
-void StepPlan::swap_with(PlanMemory* memory) {
-  entries_.swap(memory->entries);
-  jobs_.swap(memory->jobs);
-  std::swap(schedule_, memory->schedule);
-  std::swap(counts_, memory->counts);
+// ---- collecting parameters ----------------------------------------------------------------------
+
+void StepPlan::collect(int threads) {
+  collect_usual(threads);
+  if (!is_ready_ || !memory_.counts.lie_apart(memory_.entries)) collect_others();
 }
 
-// From Python.
-const Folded* StepPlan::fold(const Group& group, double t) {
-  const auto scalars = py::cast<py::dict>(group.fold(t));
-  Folded folded{find_rule(kernels_, group.rule, group.flags), {}};
-  for (const auto& item : scalars) folded.scalars.push_back(py::cast<double>(item.second));
-  if (static_cast<int>(group.rule_states()) != folded.rule.states) {
-    throw std::logic_error("rule " + group.rule + " has another number of states");
+void StepPlan::collect_again(const std::vector<Repeat>& repeats) {
+  memory_.schedule.fits = false;
+  for (const Repeat& repeat : repeats) {
+    Group* const group = &groups_[static_cast<size_t>(repeat.group)];
+    memory_.entries.emplace_back(group, repeat.index).repeats_first = repeat.repeats_first;
   }
-  if (static_cast<int>(folded.scalars.size()) != folded.rule.scalars) {
-    throw std::logic_error("rule " + group.rule + " has another number of scalars");
-  }
-  folded_.push_back(std::move(folded));
-  return &folded_.back();
+  memory_.jobs.resize(memory_.entries.size());
+  collect_others();
 }
+
+void StepPlan::collect_usual(int threads) {
+  // With fewer parameters a thread, waking all takes longer than they save. (Waking some would make
+  // OpenMP's runtime end the others.)
+  constexpr size_t kManyOfThread = 64;
+  size_t count = 0;
+  for (const Group& group : groups_) count += group.params.size();
+  memory_.entries.reserve(count);
+  const bool fitted = std::exchange(memory_.schedule.fits, false) && memory_.jobs.size() == count;
+  memory_.jobs.resize(count);
+  const bool look = params_.may_find_usual(groups_);
+  if (look) {
+    const double t = params_.likely_t();
+    for (Group& group : groups_) group.expect(t);
+  }
+
+  std::atomic<size_t> ready{0}, unmoved{0};
+  auto group = groups_.begin();
+  Py_ssize_t index = 0;
+  const auto find = [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i, ++index) {
+      for (; index == static_cast<Py_ssize_t>(group->params.size()); ++group) index = 0;
+      Entry& entry = memory_.entries.emplace_back(&*group, index);
+      entry.usual = look && params_.find_usual(&entry);
+    }
+  };
+  const auto read = [&](size_t begin, size_t end) {
+    Entry* const entries = memory_.entries.data();
+    params_.find_gradients(entries + begin, entries + end);
+    size_t ready_here = 0, same = 0;
+    for (size_t i = begin; i < end; ++i) {
+      Entry& entry = entries[i];
+      View views[kMaxStreams];
+      entry.usual = entry.usual && params_.read_usual(&entry, views);
+      if (!entry.usual) continue;
+      const Job before = memory_.jobs[i];
+      entry.folded = entry.group->expected(entry.t);
+      set_job(entry, views, &memory_.jobs[i]);
+      ready_here += entry.folded != nullptr;
+      same += same_arrays(before, memory_.jobs[i]);
+    }
+    ready += ready_here;
+    unmoved += same;
+  };
+  const bool many = count >= kManyOfThread * static_cast<size_t>(threads);
+  in_pipeline(look && many ? threads : 1, count, find, read);
+  is_ready_ = ready == count;
+  // If so, all are usual, and nothing changes their jobs from here on.
+  memory_.schedule.fits = fitted && unmoved == count;
+}
+
+void StepPlan::collect_others() {
+  hold();
+  is_ready_ = true;
+  keep_if([&](Entry* entry, Job* job) {
+    View views[kMaxStreams + 1];
+    if (entry->usual) {
+      params_.pass(*entry);
+    } else if (!params_.read(entry, views)) {
+      return false;
+    } else if (entry->lacks_state) {
+      lacks_states_ = true;
+      *job = {};
+      set_norm(views[kGrad], &layouts_, job);  // all that it can have by now
+    } else {
+      set_job(*entry, views, job);
+    }
+    is_ready_ = is_ready_ && entry->folded;
+    return true;
+  });
+  if (!params_.in_order() || !memory_.counts.lie_apart(memory_.entries)) set_repeats_aside();
+}
+
+// Of the parameters and their jobs.
+template <class F>
+void StepPlan::keep_if(F f) {
+  size_t kept = 0;
+  for (size_t i = 0; i < memory_.entries.size(); ++i) {
+    if (!f(&memory_.entries[i], &memory_.jobs[i])) continue;
+    if (kept != i) {
+      memory_.entries[kept] = memory_.entries[i];
+      memory_.jobs[kept] = memory_.jobs[i];
+    }
+    ++kept;
+  }
+  memory_.entries.erase(memory_.entries.begin() + static_cast<ptrdiff_t>(kept),
+                        memory_.entries.end());
+  memory_.jobs.resize(kept);
+}
+
+// ---- what is listed, or counted, a second time
+// ---------------------------------------------------
+
+bool CountPlaces::lie_apart(const std::vector<Entry>& entries) {
+  places_.clear();
+  for (const Entry& entry : entries) {
+    if (entry.count.data) places_.push_back(entry.count.data);
+  }
+  if (places_ == seen_) return apart_;
+  seen_ = places_;
+  std::sort(places_.begin(), places_.end());
+  return apart_ = std::adjacent_find(places_.begin(), places_.end()) == places_.end();
+}
+
+// A parameter that is listed twice is stepped twice, and the second time it finds what the first
+// has left: states, a count, and weights. So does one whose count is another's, too.
+void StepPlan::set_repeats_aside() {
+  std::unordered_map<const void*, const Group*> seen;  // parameters and counts
+  keep_if([&](Entry* entry, Job* job) {
+    Group* const group = entry->group;
+    const auto [before, is_first] = seen.try_emplace(entry->param, group);
+    if (is_first && (!entry->count.data || seen.try_emplace(entry->count.data, nullptr).second)) {
+      return true;
+    }
+    group->fold(entry->t + 1);  // what this refuses, it refuses before anything has changed
+    later_.push_back({group->number, entry->index,
+                      entry->is_new && !is_first && before->second == group, entry->device,
+                      entry->sums_elsewhere ? Job{} : *job, entry->norm_item});
+    return false;
+  });
+  memory_.schedule.fits = false;
+}
+
+// ---- scalars and jobs ---------------------------------------------------------------------------
 
 void StepPlan::fold_scalars() {
-  if (is_ready()) return;
-  // A rule that keeps no count only tells a parameter's first step from the others.
-  for (Entry& entry : entries_) {
-    if (!entry.group->counts_steps) entry.t = entry.is_new || entry.repeats_first ? 1 : 2;
-  }
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& entry = entries_[i];
+  if (is_ready_) return;
+  for (size_t i = 0; i < memory_.entries.size(); ++i) {
+    Entry& entry = memory_.entries[i];
     if (entry.folded) continue;
-    const Group& group = *entry.group;
+    Group& group = *entry.group;
+    // A rule that keeps no count only tells a parameter's first step from the others.
+    if (!group.counts_steps) entry.t = entry.is_new || entry.repeats_first ? 1 : 2;
     if (entry.device == kHost && !PyFloat_Check(group.lr.ptr())) {
-      throw py::value_error("lr of the group of " + name(entry, "") + " is " +
+      throw py::value_error("lr of the group of " + entry.name("") + " is " +
                             type_text(group.lr.ptr()) +
                             ", but the parameter is on cpu; pass a number, or a tensor on cpu");
     }
-    const Entry* before = i > 0 ? &entries_[i - 1] : nullptr;
-    const bool same = before && before->group == &group && before->t == entry.t;
-    entry.folded = same                                        ? before->folded
-                   : group.likely && group.likely_t == entry.t ? group.likely
-                                                               : fold(group, entry.t);
-    set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
+    entry.folded = group.fold(entry.t);
+    set_rule(entry.folded->rule, entry.folded->scalars.data(), &memory_.jobs[i]);
   }
 }
 
-void StepPlan::create_missing_states() {
-  for (const size_t i : incomplete_) {
-    Entry& entry = entries_[i];
-    entry.group->create_state(py::handle(entry.param));
-    View views[kMaxStreams + 1];
-    if (!reader_.read(entry.param, &views[kParam], &held_) ||
-        !reader_.read(entry.grad, &views[kGrad], &held_) || !read_states(entry, views)) {
-      throw std::logic_error("create_state left a gap in the state of " + name(entry, ""));
+void StepPlan::complete_states() {
+  if (is_ready_) return;
+  for (size_t i = 0; i < memory_.entries.size(); ++i) {
+    Entry& entry = memory_.entries[i];
+    if (entry.lacks_state) {
+      View views[kMaxStreams + 1];
+      params_.create_states(&entry, views);
+      set_job(entry, views, &memory_.jobs[i]);
     }
-    set_job(entry, views, &jobs_[i]);
-    set_rule(entry.folded->rule, entry.folded->scalars.data(), &jobs_[i]);
+    if (entry.has_to_move) params_.move_count(&entry);
   }
 }
-
-void StepPlan::advance() const {
-  for (const Entry& entry : entries_) {
-    if (entry.count.data) {
-      if (entry.count.device == kHost) entry.count.increment();
-    } else if (entry.step) {
-      const auto count = py::reinterpret_steal<py::object>(
-          PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
-      if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
-    }
-    if (entry.usual) {
-      reader_.abi().bump_version(entry.records[kParam]);
-    } else {
-      reader_.bump_version(entry.param);
-    }
-  }
-}
-
-// ---- jobs ---------------------------------------------------------------------------------------
 
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
   const Group& group = *entry.group;
   const int streams = kFirstState + static_cast<int>(group.rule_states());
+  *job = {};
   set_streams(views, streams, &layouts_, job);
+  if (entry.folded) set_rule(entry.folded->rule, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
   if (!group.has_slow || group.alpha == 0) return;
   const View slow[] = {views[kParam], views[kParam], views[streams]};
@@ -180,20 +212,19 @@ void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
 }
 
 int64_t StepPlan::bytes() const {
-  if (schedule_.fits) return schedule_.bytes();
+  if (memory_.schedule.fits) return memory_.schedule.bytes();
   int64_t bytes = 0;
-  for (const Job& job : jobs_) bytes += job.numel * job.bytes_per_element;
+  for (const Job& job : memory_.jobs) bytes += job.numel * job.bytes_per_element;
   return bytes;
 }
 
 std::vector<Job> StepPlan::jobs_of_norm() const {
-  std::vector<Job> jobs = jobs_;
-  for (const size_t i : distributed_) jobs[i].numel = 0;
+  std::vector<Job> jobs = memory_.jobs;
   for (size_t i = 0; i < jobs.size(); ++i) {
-    if (entries_[i].device != kHost) jobs[i].numel = 0;
+    if (memory_.entries[i].device != kHost || memory_.entries[i].sums_elsewhere) jobs[i].numel = 0;
   }
-  for (const LaterNorm& later : later_norms_) {
-    if (later.device == kHost) jobs.push_back(later.job);
+  for (const Repeat& repeat : later_) {
+    if (repeat.device == kHost) jobs.push_back(repeat.norm_job);
   }
   return jobs;
 }

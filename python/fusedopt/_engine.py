@@ -38,7 +38,7 @@ def number_or_device(x: float | Tensor) -> float | Tensor:
 
 
 class Group(NamedTuple):
-    """One param group in one step, as csrc/step/plan.cpp reads it."""
+    """One param group in one step, as csrc/step/group.h reads it."""
 
     params: list[Tensor]
     names: list[str] | None
