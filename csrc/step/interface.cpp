@@ -75,44 +75,22 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
   plan.fold_scalars();
   const ParamReader& params = plan.params();
-  if (params.uses_devices()) {
-    return step_on_devices(&plan, state, groups, scaling_source, threads, fallback, outside);
+  const bool in_parts = params.uses_devices() || plan.lacks_states() || !plan.later().empty() ||
+                        !params.unsupported().empty() || !params.outside().empty();
+  if (in_parts || (!skip.is_none() && wait_for(skip) != 0)) {
+    return step_in_parts(&plan, state, groups, scaling_source, threads, fallback, outside);
   }
 
-  Scaling scaling = read_scaling(scaling_source);
-  const bool needs_norm = scaling.needs_norm();
-  Verdict verdict{};
-  const bool skips = !skip.is_none() && wait_for(skip) != 0;
-  const bool needs_python = skips || plan.lacks_states() || !plan.later().empty() ||
-                            !params.unsupported().empty() || !params.outside().empty();
-  if (needs_norm && needs_python) {  // the verdict first; then it is only a factor
-    const std::vector<Job> jobs = plan.jobs_of_norm();
-    double sum;
-    {
-      py::gil_scoped_release unlocked;
-      sum = run_norm(kernels_, Norm::two, jobs, threads);
-    }
-    if (!params.outside().empty()) sum += wait_for(outside(params.outside()));
-    verdict = decide(scaling, sum);
-    if (verdict.skipped) return py::make_tuple(verdict.norm, true);
-    scaling = {};
-    scaling.coefficient = verdict.factor;
-  }
-  if (skips) return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, true);
-  const double factor = scaling.unscale * scaling.coefficient;
-  if (!params.unsupported().empty()) fallback(params.unsupported(), factor);
+  const Scaling scaling = read_scaling(scaling_source);
   plan.complete_states();
+  Verdict verdict;
   {
     std::optional<py::gil_scoped_release> unlocked;
     if (params.holds()) unlocked.emplace();
-    const Verdict last = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
-    if (scaling.needs_norm()) verdict = last;
+    verdict = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
   }
-  if (!verdict.skipped) {
-    plan.advance();
-    step_later(plan.later(), state, groups, may_skip, {}, threads, factor);
-  }
-  return py::make_tuple(needs_norm ? verdict.norm : kNoNorm, verdict.skipped);
+  if (!verdict.skipped) plan.advance();
+  return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
 void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
@@ -122,14 +100,14 @@ void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
     StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
     plan.collect_again(later);
     plan.fold_scalars();
-    update_on_devices(&plan, queues, threads, factor);
+    update_parts(&plan, queues, threads, factor);
     later = plan.later();
   }
 }
 
-py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const py::sequence& groups,
-                                  const py::object& source, int threads, const py::object& fallback,
-                                  const py::object& outside) const {
+py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+                                const py::object& source, int threads, const py::object& fallback,
+                                const py::object& outside) const {
   std::vector<DeviceQueue> queues;
   for (const int device : plan->devices()) {
     queues.emplace_back(*device_kernels_, reader_, device);
@@ -194,13 +172,13 @@ py::tuple Engine::step_on_devices(StepPlan* plan, const py::dict& state, const p
 
   const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
-  update_on_devices(plan, queues, threads, factor);
+  update_parts(plan, queues, threads, factor);
   step_later(plan->later(), state, groups, may_skip, queues, threads, factor);
   return py::make_tuple(norm, skipped);
 }
 
-void Engine::update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
-                               double factor) const {
+void Engine::update_parts(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
+                          double factor) const {
   plan->complete_states();
   for (const DeviceQueue& queue : queues) {
     const bool in_order = Overlaps().any(plan->jobs_on(queue.device()));

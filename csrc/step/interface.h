@@ -56,12 +56,14 @@ class Engine {
   bool has_kernels(int device) const { return reader_.has_kernels(device); }
 
  private:
-  py::tuple step_on_devices(StepPlan* plan, const py::dict& state, const py::sequence& groups,
-                            const py::object& scaling, int threads, const py::object& fallback,
-                            const py::object& outside) const;
+  // A step that is not one parallel region on the CPU: the verdict comes first, here or on devices,
+  // and then all updates have only a factor.
+  py::tuple step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+                          const py::object& scaling, int threads, const py::object& fallback,
+                          const py::object& outside) const;
   // What is left once the factor of the gradients is known, here or there.
-  void update_on_devices(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
-                         double factor) const;
+  void update_parts(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
+                    double factor) const;
   // Steps what a plan has set aside, which is to find what it has left.
   void step_later(std::vector<Repeat> later, const py::dict& state, const py::sequence& groups,
                   bool may_skip, const std::vector<DeviceQueue>& queues, int threads,
