@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fusedopt
 from tests.helpers import each_optimizer, each_torch_optimizer, parameters
 from tests.registry import Config
 
-OPTIONS = {"max_grad_norm": 0.25, "skip_nonfinite": True, "amp_scaling": True}
+OPTIONS = {
+    "max_grad_norm": 0.25,
+    "skip_nonfinite": True,
+    "amp_scaling": True,
+    "state_dtype": torch.bfloat16,
+    "master_weights": True,
+    "stochastic_rounding": True,
+    "seed": 7,
+}
 
 # A valid value of each argument that is no class's default.
 OTHERS: dict[str, Any] = {

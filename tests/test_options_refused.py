@@ -12,7 +12,8 @@ import torch
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt._base import Fused, Rule
+from fusedopt._base import Fused
+from fusedopt._engine import Rule
 from tests.helpers import (
     all_params,
     assert_same_bits,
@@ -25,8 +26,24 @@ from tests.helpers import (
 )
 from tests.registry import Config
 
-DEFAULTS = {"max_grad_norm": None, "skip_nonfinite": False, "amp_scaling": False}
-OTHERS = {"max_grad_norm": 0.25, "skip_nonfinite": True, "amp_scaling": True}
+DEFAULTS = {
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "amp_scaling": False,
+    "state_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "seed": 0,
+}
+OTHERS = {
+    "max_grad_norm": 0.25,
+    "skip_nonfinite": True,
+    "amp_scaling": True,
+    "state_dtype": torch.bfloat16,
+    "master_weights": True,
+    "stochastic_rounding": True,
+    "seed": 7,
+}
 each_option = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -127,7 +144,7 @@ def test_options_may_be_set_through_a_wrapper_of_the_same_class(name: str) -> No
     assert getattr(optimizer, name) == getattr(wrapper, name) == OTHERS[name]
     set_gradients(all_params(optimizer), 0)
     wrapper.step()
-    assert (wrapper.grad_norm is None) == (name == "amp_scaling")
+    assert (wrapper.grad_norm is None) == (name not in ("max_grad_norm", "skip_nonfinite"))
 
 
 # ---- copies and pickles --------------------------------------------------------------------------

@@ -38,9 +38,9 @@ PYTHON: Floors = (
     ("_base",),
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_pending", "clip"),
-    ("_norms",),
+    ("_norms", "_storage"),
     ("_engine", "_memory", "_options", "_ranks"),
-    ("_core", "_numeric", "_operators"),
+    ("_codecs", "_core", "_numeric", "_operators"),
 )
 
 

@@ -9,10 +9,12 @@
 namespace fusedopt {
 
 // Where elements lie in streams that cannot all be walked as one array: dimensions from the
-// innermost on, strides in elements.
+// innermost on, strides in elements. The parameter's second array has the last stride.
+constexpr int kSecond = kMaxStreams;
+constexpr int kMaxArrays = kMaxStreams + 1;
 struct Dim {
   int64_t size;
-  int64_t stride[kMaxStreams];
+  int64_t stride[kMaxArrays];
 };
 using Layout = std::vector<Dim>;
 
@@ -24,6 +26,8 @@ struct Job {
   int stream_count = 0;
   int64_t bytes_per_element = 0;  // of all streams together
   Stream streams[kMaxStreams];
+  Origin origin;
+  bool in_blocks = false;               // some stream is
   const Layout* layout = nullptr;       // null: every stream is one array of numel elements
   const Layout* grad_layout = nullptr;  // of the gradient in stride[0], in its own order
   const Job* then = nullptr;            // for the same elements of param, while they are in cache

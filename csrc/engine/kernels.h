@@ -5,24 +5,35 @@
 #include <cstdint>
 
 #include "numeric/dtype.h"
+#include "numeric/rows.h"
 
 namespace fusedopt {
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxStreams = 2 + kMaxStates;
 
-// One array that a job walks, as it is stored.
+// One array that a job walks, as it is stored; what takes two arrays has its second one, too.
 struct Stream {
   char* data;
   DType dtype;
+  char* second = nullptr;
 };
 enum { kParam, kGrad, kFirstState };  // the order of a job's streams
 
-// Applies one rule to `count` consecutive elements from `first` on; `scalars` are the rule's, in
-// double, and the gradient is multiplied by grad_scale before the rule sees it. `next` is where
-// each stream goes on afterwards, which is asked for ahead; any address will do.
+// Which elements of a whole parameter these are, for streams that have random bits or blocks.
+struct Origin {
+  uint32_t key = 0, draw = 0;  // of its random bits: whose, and in which step
+  int64_t first = 0;           // elements of the whole parameter before the first one of here
+  Rows rows;
+};
+
+// Applies one rule to `count` consecutive elements from `first` on, in whole blocks where streams
+// have blocks; `scalars` are the rule's, in double, and the gradient is multiplied by grad_scale
+// before the rule sees it. `next` is where each stream goes on afterwards, which is asked for
+// ahead; any address will do.
 using Update = void (*)(const double* scalars, double grad_scale, const Stream* streams,
-                        int64_t first, int64_t count, const void* const* next);
+                        const Origin& origin, int64_t first, int64_t count,
+                        const void* const* next);
 
 // How far ahead of its elements a kernel asks for memory, in each stream: with the hardware's
 // prefetching alone, a step out of cache took 13 % longer (benchmarks/NOTES.md).

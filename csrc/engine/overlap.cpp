@@ -11,18 +11,34 @@ static Extent extent(const Job& job, int s) {
     for (const Dim& dim : *job.layout) last += (dim.size - 1) * dim.stride[s];
   }
   const char* begin = job.streams[s].data;
-  const int64_t size = kItemSize[static_cast<int>(job.streams[s].dtype)];
+  const int64_t size = item_size(job.streams[s].dtype);
   return {begin, begin + (last + 1) * size};
+}
+
+// Of a stream's second array.
+static Extent second_extent(const Job& job, int s) {
+  const Stream& stream = job.streams[s];
+  if (has_blocks(stream.dtype)) {
+    return {stream.second, stream.second + job.origin.rows.block_of(job.numel - 1) + 1};
+  }
+  int64_t last = job.numel - 1;
+  if (job.layout) {
+    last = 0;
+    for (const Dim& dim : *job.layout) last += (dim.size - 1) * dim.stride[kSecond];
+  }
+  return {stream.second, stream.second + (last + 1) * second_size(stream.dtype)};
 }
 
 // Calls f(the list that it belongs in, extent) for all that a job writes: one list for each stream,
 // since allocators tend to hand out equal things in order.
-constexpr int kLists = kMaxStreams + 1;
+constexpr int kLists = kMaxStreams + 2;
 template <class F>
 static void for_each_written(const Job& job, F f) {
   if (job.numel == 0) return;
   for (int s = 0; s < job.stream_count; ++s) {
-    if (s != kGrad) f(s, extent(job, s));
+    if (s == kGrad) continue;
+    f(s, extent(job, s));
+    if (job.streams[s].second) f(kMaxStreams + 1, second_extent(job, s));
   }
   for (int s = kFirstState; job.then && s < job.then->stream_count; ++s) {
     f(kMaxStreams, extent(*job.then, s));

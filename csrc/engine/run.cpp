@@ -20,6 +20,7 @@ static void copy_strided(const char* from, int64_t from_stride, char* to, int64_
     }
   };
   switch (size) {
+    case 1: return copy(uint8_t{});
     case 2: return copy(uint16_t{});
     case 4: return copy(uint32_t{});
     default: return copy(uint64_t{});
@@ -29,38 +30,56 @@ static void copy_strided(const char* from, int64_t from_stride, char* to, int64_
 // A piece of a job with a layout: gathered into small arrays, updated there, scattered back.
 static void update_strided(const Job& job, double factor, int64_t first, int64_t count) {
   constexpr int64_t kTile = 256;
-  alignas(64) char scratch[kMaxStreams][kTile * sizeof(double)];
+  alignas(64) char scratch[kMaxArrays][kTile * sizeof(double)];
   Stream tile[kMaxStreams];
   const void* in_cache[kMaxStreams];
   for (int s = 0; s < job.stream_count; ++s) {
     tile[s] = {scratch[s], job.streams[s].dtype};
     in_cache[s] = scratch[s];
   }
-  for (const int64_t end = first + count; first < end; first += kTile) {
-    const int64_t n = std::min(end - first, kTile);
+  const int64_t second = second_size(tile[kParam].dtype);
+  if (second) tile[kParam].second = scratch[kSecond];
+  for (const int64_t end = first + count; first < end;) {
+    int64_t n = std::min(end - first, kTile);
+    Origin origin = job.origin;
+    origin.first += first;
+    if (job.in_blocks) {  // those of one row, so that no block but the last is a short one
+      const Rows& rows = job.origin.rows;
+      n = std::min(n, rows.length - first % rows.length);
+      origin.rows = {kTile};
+      for (int s = kFirstState; s < job.stream_count; ++s) {
+        if (has_blocks(tile[s].dtype))
+          tile[s].second = job.streams[s].second + rows.block_of(first);
+      }
+    }
     const auto copy_streams = [&](bool gather) {
       walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
-        for (int s = 0; s < job.stream_count; ++s) {
-          const int64_t size = kItemSize[static_cast<int>(tile[s].dtype)];
-          const int64_t stride = (*job.layout)[0].stride[s];
-          char* far = job.streams[s].data + offsets[s] * size;
-          char* near = tile[s].data + at * size;
+        const auto copy = [&](int array, char* far, char* near, int64_t size) {
+          const int64_t stride = (*job.layout)[0].stride[array];
+          far += offsets[array] * size;
+          near += at * size;
           if (gather) {
             copy_strided(far, stride, near, 1, run, size);
-          } else if (s != kGrad) {
+          } else {
             copy_strided(near, 1, far, stride, run, size);
           }
+        };
+        for (int s = 0; s < job.stream_count; ++s) {
+          if (s == kGrad && !gather) continue;
+          copy(s, job.streams[s].data, tile[s].data, item_size(tile[s].dtype));
         }
+        if (second) copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
       });
     };
     copy_streams(/*gather=*/true);
-    job.update(job.scalars, job.grad_scale * factor, tile, 0, n, in_cache);
+    job.update(job.scalars, job.grad_scale * factor, tile, origin, 0, n, in_cache);
     copy_streams(/*gather=*/false);
+    first += n;
   }
 }
 
 static int64_t item_size(const Piece& piece, int stream) {
-  return kItemSize[static_cast<int>(piece.job->streams[stream].dtype)];
+  return item_size(piece.job->streams[stream].dtype);
 }
 
 // Where a stream of a piece begins.
@@ -75,18 +94,24 @@ static bool has_array(const Piece& piece, int stream) {
 
 static void update_piece(const Piece& piece, const Piece& next, double factor) {
   const Job& job = *piece.job;
+  int64_t first = piece.first, end = piece.first + piece.count;
+  if (job.in_blocks) {  // those that begin in the piece
+    first = job.origin.rows.next_block(first);
+    end = job.origin.rows.next_block(end);
+  }
+  const int64_t count = end - first;
   if (job.layout) {
-    update_strided(job, factor, piece.first, piece.count);
+    update_strided(job, factor, first, count);
   } else {
     const void* next_streams[kMaxStreams];
     for (int s = 0; s < job.stream_count; ++s) {
       next_streams[s] = begin_of(has_array(next, s) ? next : piece, s);
     }
-    job.update(job.scalars, job.grad_scale * factor, job.streams, piece.first, piece.count,
+    job.update(job.scalars, job.grad_scale * factor, job.streams, job.origin, first, count,
                next_streams);
   }
   if (!job.then) return;
-  const Piece then{job.then, piece.first, piece.count, 0};
+  const Piece then{job.then, first, count, 0};
   update_piece(then, then, 1);
 }
 
@@ -95,7 +120,7 @@ static void norm_strided(NormBlocks norm, const Job& job, int64_t first, int64_t
                          double* block) {
   alignas(64) char scratch[kNormBlock * sizeof(double)];
   const Stream& grad = job.streams[kGrad];
-  const int64_t size = kItemSize[static_cast<int>(grad.dtype)];
+  const int64_t size = item_size(grad.dtype);
   walk(*job.grad_layout, first, count, [&](int64_t at, const int64_t* offsets, int64_t run) {
     copy_strided(grad.data + offsets[0] * size, (*job.grad_layout)[0].stride[0],
                  scratch + at * size, 1, run, size);

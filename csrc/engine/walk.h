@@ -17,9 +17,9 @@ void walk(const Layout& layout, int64_t first, int64_t count, F f) {
     rest /= layout[d].size;
   }
   for (int64_t at = 0; at < count;) {
-    int64_t offsets[kMaxStreams] = {};
+    int64_t offsets[kMaxArrays] = {};
     for (size_t d = 0; d < layout.size(); ++d) {
-      for (int s = 0; s < kMaxStreams; ++s) offsets[s] += index[d] * layout[d].stride[s];
+      for (int s = 0; s < kMaxArrays; ++s) offsets[s] += index[d] * layout[d].stride[s];
     }
     const int64_t left = layout[0].size - index[0];
     const int64_t run = left < count - at ? left : count - at;

@@ -77,6 +77,80 @@ FUSEDOPT_FN void encode(float x, Float16& to) {
 FUSEDOPT_FN void encode(double x, BFloat16& to) { encode(static_cast<float>(x), to); }
 FUSEDOPT_FN void encode(double x, Float16& to) { encode(static_cast<float>(x), to); }
 
+// ---- bfloat16 with the bits that it lacks -------------------------------------------------------
+
+// A float is a bfloat16, to which it is rounded, and a difference of 16 bits: all of it, exactly.
+// Ties are rounded away from zero: to even, an even bfloat16 would have 65,537 floats.
+struct SplitFloat {
+  uint16_t bits;
+  int16_t remainder;
+};
+
+FUSEDOPT_FN float decode(SplitFloat x) {
+  const int32_t magnitude = (x.bits & 0x7fff) << 16;
+  const int32_t sum = magnitude + x.remainder;
+  // If someone else has written the parameter, it may be 0 or infinite beside any remainder.
+  constexpr int32_t kInfinity = 0x7f800000;
+  const int32_t most = magnitude > kInfinity ? magnitude : kInfinity;
+  const int32_t any = sum < 0 ? 0 : sum < most ? sum : most;
+  return bit_cast<float>(static_cast<uint32_t>(any) | (uint32_t{x.bits} & 0x8000) << 16);
+}
+
+FUSEDOPT_FN void encode(float x, SplitFloat& to) {
+  const uint32_t any = bit_cast<uint32_t>(x);
+  const uint32_t bits = x != x ? 0x7fc00000 : any;
+  to.bits = static_cast<uint16_t>((bits + 0x8000) >> 16);
+  to.remainder = static_cast<int16_t>(bits & 0xffff);
+}
+
+// ---- float16 beside the float that it is rounded from -------------------------------------------
+
+struct MasterFloat {
+  uint16_t bits;
+  float master;
+};
+
+// If someone else has written the parameter, that is what counts.
+FUSEDOPT_FN float decode(MasterFloat x) {
+  Float16 rounded;
+  encode(x.master, rounded);
+  return rounded.bits == x.bits ? x.master : decode(Float16{x.bits});
+}
+
+FUSEDOPT_FN void encode(float x, MasterFloat& to) {
+  Float16 rounded;
+  encode(x, rounded);
+  to = {rounded.bits, x};
+}
+
+// ---- rounding at random -------------------------------------------------------------------------
+
+// With 16 random bits: up as often as the digits say that are dropped.
+FUSEDOPT_FN uint16_t round_at_random(float x, uint32_t random, BFloat16) {
+  const uint32_t rounded = (bit_cast<uint32_t>(x) + random) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+FUSEDOPT_FN uint16_t round_at_random(float x, uint32_t random, Float16) {
+  constexpr uint32_t kRebias = (127 - 15) << 23;
+  constexpr uint32_t kLargestFinite = 0x7bff;
+  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffff;
+  const uint32_t normal = (magnitude - kRebias + (random >> 3)) >> 13;
+  const bool is_normal = magnitude >= kRebias + (1u << 23);
+  const float small = is_normal ? 0.0f : bit_cast<float>(magnitude);
+  const uint32_t units = static_cast<uint32_t>(small * 1099511627776.0f);  // of 2^-40
+  const uint32_t subnormal = (units + random) >> 16;
+  const uint32_t any = is_normal ? normal : subnormal;
+  Float16 nearest;
+  encode(x, nearest);
+  const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000;
+  const uint32_t finite = any < kLargestFinite ? any : kLargestFinite;
+  return static_cast<uint16_t>(magnitude <= 0x477fe000 ? finite | sign : nearest.bits);
+}
+
+// ---- arrays
+// --------------------------------------------------------------------------------------
+
 template <class Stored, class T>
 void decode_all(const void* from, T* to, int64_t n) {
   const char* bytes = static_cast<const char*>(from);

@@ -5,6 +5,7 @@
 // compute precision. fold(lr, t) sets those that depend on the learning rate and on the number of
 // the step, in double, as _scalars() does: for a device that knows both before the host does.
 // Included inside a back end's namespace.
+#pragma once
 
 #include "numeric/average.h"
 #include "rules/adagrad.h"

@@ -49,7 +49,15 @@ class Group {
   const py::object lr = get<py::object>("lr");  // a number, or a tensor on the parameters' device
   const py::object create_state = get<py::object>("create_state");
   const py::object move_count = get<py::object>("move_count");
+  const std::vector<bool> has_no_sign = get<std::vector<bool>>("unsigned");  // of the rule's states
+  const bool has_master = get<bool>("has_master");  // 16-bit parameters have a second array,
+  const bool rounds_at_random = get<bool>("rounds_at_random");  // or else are rounded at random
+  const bool may_be_coded = get<bool>("may_be_coded");          // states may be in 8 bits
+  const py::object first_element = get<py::object>("first_element");
 
+  // Whether streams may need more than one tensor each.
+  bool in_parts() const { return has_master || rounds_at_random || may_be_coded; }
+  bool has_state() const { return counts_steps || !states.empty() || in_parts(); }
   size_t rule_states() const { return states.size() - has_slow; }
   PyObject* param(Py_ssize_t index) const { return PyTuple_GET_ITEM(params.ptr(), index); }
 

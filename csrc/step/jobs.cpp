@@ -8,15 +8,22 @@ namespace fusedopt {
 
 // ---- layouts ------------------------------------------------------------------------------------
 
-// The dimensions of more than one element, from the smallest stride of the first view on.
-static Layout dims_by_stride(const View* views, int count) {
+// The dimensions of more than one element, from the last one on.
+static Layout dims_in_order(const View* views, int count) {
   Layout dims;
   for (int d = views[0].ndim - 1; d >= 0; --d) {
     if (views[0].shape[d] == 1) continue;
     Dim dim{views[0].shape[d], {}};
     for (int s = 0; s < count; ++s) dim.stride[s] = views[s].strides[d];
+    if (views[0].second_strides) dim.stride[kSecond] = views[0].second_strides[d];
     dims.push_back(dim);
   }
+  return dims;
+}
+
+// The same from the smallest stride of the first view on.
+static Layout dims_by_stride(const View* views, int count) {
+  Layout dims = dims_in_order(views, count);
   std::stable_sort(dims.begin(), dims.end(),
                    [](const Dim& a, const Dim& b) { return a.stride[0] < b.stride[0]; });
   return dims;
@@ -49,11 +56,10 @@ bool strided_overlaps_itself(const View& view) {
 
 // One past the last byte.
 static const char* end_of(const View& view) {
-  if (view.contiguous || !view.numel)
-    return view.data + view.numel * kItemSize[static_cast<int>(view.dtype)];
+  if (view.contiguous || !view.numel) return view.data + view.numel * item_size(view.dtype);
   int64_t last = 0;
   for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
-  return view.data + (last + 1) * kItemSize[static_cast<int>(view.dtype)];
+  return view.data + (last + 1) * item_size(view.dtype);
 }
 
 // Whether some bytes lie between the first and the last of both: if not, they share nothing.
@@ -79,7 +85,7 @@ bool overlap(const View& a, const View& b) {
   std::vector<bool> taken(static_cast<size_t>(end_of(a) - a.data));
   const auto for_each_byte = [&](const View& view, auto f) {
     const Layout dims = dims_by_stride(&view, 1);
-    const int64_t size = kItemSize[static_cast<int>(view.dtype)];
+    const int64_t size = item_size(view.dtype);
     const ptrdiff_t start = view.data - a.data;
     walk(dims, 0, view.numel, [&](int64_t, const int64_t* offsets, int64_t run) {
       for (int64_t i = 0; i < run; ++i) {
@@ -103,10 +109,18 @@ bool overlap_out_of_step(const View& a, const View& b) {
          !std::equal(a.strides, a.strides + a.ndim, b.strides);
 }
 
+// Whether each element has to be known by its place in the whole: by its random bits, or its block.
+static bool are_numbered(const View* views, int count) {
+  return std::any_of(views, views + count,
+                     [](const View& view) { return takes_random_bits(view.dtype); });
+}
+
 Layout common_layout(const View* views, int count) {
   if (views[0].numel == 0) return {};
   // The first view's own order in memory, so that its elements are visited consecutively.
-  const Layout dims = dims_by_stride(views, count);
+  const Layout dims =
+      are_numbered(views, count) ? dims_in_order(views, count) : dims_by_stride(views, count);
+  const bool has_second = views[0].second_strides != nullptr;
   // Two dimensions that every stream walks as one become one.
   Layout merged;
   for (const Dim& dim : dims) {
@@ -115,7 +129,7 @@ Layout common_layout(const View* views, int count) {
       for (int s = 0; s < count; ++s) {
         if (dim.stride[s] != inner.stride[s] * inner.size) return false;
       }
-      return true;
+      return !has_second || dim.stride[kSecond] == inner.stride[kSecond] * inner.size;
     }();
     if (joins) {
       merged.back().size *= dim.size;
@@ -124,7 +138,9 @@ Layout common_layout(const View* views, int count) {
     }
   }
   const auto unit = [&](const Dim& dim) {
-    return std::all_of(dim.stride, dim.stride + count, [](int64_t stride) { return stride == 1; });
+    return std::all_of(dim.stride, dim.stride + count,
+                       [](int64_t stride) { return stride == 1; }) &&
+           (!has_second || dim.stride[kSecond] == 1);
   };
   if (merged.empty() || (merged.size() == 1 && unit(merged[0]))) return {};
   return merged;
@@ -144,14 +160,43 @@ void set_streams(const View* views, int count, Layouts* layouts, Job* job) {
   job->bytes_per_element = 0;
   bool contiguous = true;
   for (int s = 0; s < count; ++s) {
-    job->streams[s] = {views[s].data, views[s].dtype};
-    job->bytes_per_element += kItemSize[static_cast<int>(views[s].dtype)];
+    job->streams[s] = {views[s].data, views[s].dtype, views[s].second};
+    job->bytes_per_element += item_size(views[s].dtype) + second_size(views[s].dtype);
+    job->in_blocks = job->in_blocks || has_blocks(views[s].dtype);
     contiguous = contiguous && views[s].contiguous;
   }
   job->layout = job->grad_layout = nullptr;
   if (contiguous) return;
   job->layout = kept(common_layout(views, count), layouts);
   if (job->layout) job->grad_layout = kept(common_layout(&views[kGrad], 1), layouts);
+}
+
+Rows rows_of(const View& param) {
+  int64_t length = 1;
+  for (int d = 1; d < param.ndim; ++d) length *= param.shape[d];
+  return {length};
+}
+
+bool join_master(const View& second, View* param) {
+  const bool split = param->dtype == DType::bf16;
+  if (second.dtype != (split ? DType::bf16_split : DType::f32)) return false;
+  if (fault_of(*param, second) != Fault::none) return false;
+  param->dtype = split ? DType::bf16_split : DType::f16_master;
+  param->second = second.data;
+  param->second_strides = second.strides;
+  param->contiguous = param->contiguous && second.contiguous;
+  return true;
+}
+
+bool join_scales(bool has_no_sign, const View& scale, const View& param, View* state) {
+  if (scale.dtype != DType::e4m3 || !scale.contiguous || scale.ndim != 2 || param.ndim < 2 ||
+      scale.shape[0] != param.shape[0] || scale.shape[1] != rows_of(param).blocks() ||
+      scale.device != param.device) {
+    return false;
+  }
+  state->dtype = has_no_sign ? DType::e5m3 : DType::e4m3;
+  state->second = scale.data;
+  return true;
 }
 
 void set_rule(const Rule& rule, const double* scalars, Job* job) {
@@ -170,7 +215,7 @@ bool same_arrays(const Job& a, const Job& b) {
     return false;
   }
   const auto same = [](const Stream& x, const Stream& y) {
-    return x.data == y.data && x.dtype == y.dtype;
+    return x.data == y.data && x.dtype == y.dtype && x.second == y.second;
   };
   return std::equal(a.streams, a.streams + a.stream_count, b.streams, same);
 }

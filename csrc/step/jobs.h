@@ -33,6 +33,23 @@ void set_rule(const Rule& rule, const double* scalars, Job* job);
 // or a gradient alone, twice: for a norm, and for a rule that writes gradients.
 void set_norm(const View& view, Layouts* layouts, Job* job);
 
+// Blocks of states begin with the rows of the parameter's dimension 0.
+Rows rows_of(const View& param);
+inline bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+// Of streams that are stored in two arrays: gives the first one its second. False if that is none.
+bool join_master(const View& second, View* param);
+bool join_scales(bool has_no_sign, const View& scale, const View& param, View* state);
+
+// Why a view cannot be walked along with the parameter, if it cannot.
+enum class Fault : uint8_t { none, elsewhere, shape, overlaps_itself, negated };
+inline Fault fault_of(const View& param, const View& view) {
+  return view.device != param.device ? Fault::elsewhere
+         : !same_shape(param, view)  ? Fault::shape
+         : overlaps_itself(view)     ? Fault::overlaps_itself
+         : view.negated              ? Fault::negated
+                                     : Fault::none;
+}
+
 // Whether both walk the same arrays, and nothing but arrays.
 bool same_arrays(const Job& a, const Job& b);
 

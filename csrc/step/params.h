@@ -36,17 +36,21 @@ struct Entry {
   cuda::NormItem norm_item = {};  // of its gradient, on a device
   bool usual = false;             // see usual.cpp; the records are those of one that is
   Record records[kMaxStreams] = {}, step_record = nullptr;
+  // Where streams are stored in more than one tensor: of second arrays, by stream, and of what
+  // random bits come of, which is then found.
+  Record second_records[kMaxStreams] = {}, rounding_record = nullptr;
+  TensorReader::Count rounding = {};
+  int64_t first_element = 0;  // elements of the whole parameter before those of this process
 };
 
-// Why a stream cannot be walked along with the parameter, if it cannot.
-enum class Fault { none, elsewhere, shape, overlaps_itself, negated };
-inline Fault fault_of(const View& param, const View& view) {
-  return view.device != param.device ? Fault::elsewhere
-         : !same_shape(param, view)  ? Fault::shape
-         : overlaps_itself(view)     ? Fault::overlaps_itself
-         : view.negated              ? Fault::negated
-                                     : Fault::none;
-}
+// The keys of a state for what is not a state of the rule.
+struct PartKeys {
+  PyObject* const remainder = PyUnicode_InternFromString("remainder");
+  PyObject* const master = PyUnicode_InternFromString("master");
+  PyObject* const rounding = PyUnicode_InternFromString("rounding");
+};
+const PartKeys& part_keys();
+PyObject* scale_key(const py::str& state);  // interned
 
 PyObject* step_key();  // of a state
 inline bool is_step(double steps) { return steps >= 0 && std::isfinite(steps); }
@@ -60,6 +64,8 @@ inline PyObject* find_next(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
   *cursor = next;
   return value;
 }
+// dict[key], or null. The cursor stays where it is if it was not found there.
+PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor);
 std::string type_text(PyObject* object);  // what an object is, for a message
 
 // Reads the parameters of one step, in their order, into entries and views: [parameter, gradient,
@@ -109,6 +115,9 @@ class ParamReader {
   void read_state(const Entry& entry, PyObject* tensor, const py::str& key, const View& param,
                   View* view);
   void read_step(Entry* entry, Py_ssize_t* cursor);
+  void read_parts(Entry* entry, View* views, Py_ssize_t* cursor);
+  bool find_usual_parts(Entry* entry, Py_ssize_t* cursor);
+  bool read_usual_parts(Entry* entry, View* views) const;
   bool counts_on_device(const Entry& entry) const;
   void replace_gradient(Entry* entry, const py::object& grad, View* view);
 

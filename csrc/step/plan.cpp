@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <unordered_map>
 #include <utility>
 
@@ -196,6 +197,13 @@ void StepPlan::complete_states() {
   }
 }
 
+static Origin origin_of(const Entry& entry, const View& param) {
+  int64_t rounding;
+  std::memcpy(&rounding, entry.rounding.data, sizeof(rounding));
+  return {static_cast<uint32_t>(rounding >> 32), static_cast<uint32_t>(rounding),
+          entry.first_element, rows_of(param)};
+}
+
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
   const Group& group = *entry.group;
   const int streams = kFirstState + static_cast<int>(group.rule_states());
@@ -203,10 +211,13 @@ void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
   set_streams(views, streams, &layouts_, job);
   if (entry.folded) set_rule(entry.folded->rule, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
+  if (entry.rounding.data) job->origin = origin_of(entry, views[kParam]);
   if (!group.has_slow || group.alpha == 0) return;
   const View slow[] = {views[kParam], views[kParam], views[streams]};
   Job& then = jobs_after_.emplace_back();
   set_streams(slow, 3, &layouts_, &then);
+  then.origin = job->origin;
+  then.origin.key |= 0x80000000;  // which no parameter's has: other bits
   set_rule(find_rule(kernels_, "lookahead", 0), &group.alpha, &then);
   job->then = &then;
 }

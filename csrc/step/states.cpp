@@ -11,8 +11,7 @@ PyObject* step_key() {
   return key;
 }
 
-// dict[key], or null. The cursor stays where it is if it was not found there.
-static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
+PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
   PyObject* value = find_next(dict, key, cursor);
   if (value) return value;
   value = PyDict_GetItemWithError(dict, key);
@@ -22,12 +21,12 @@ static PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
 
 // ---- reading ------------------------------------------------------------------------------------
 
-// Reads and validates what exists of the entry's state: the count, then each of Group::states.
-// Whatever else a state consists of is read here, and found in the same order by find_usual. False
-// if no device can access all of it.
+// Reads and validates what exists of the entry's state: the count, then each of Group::states, then
+// what else streams are stored in (parts.cpp). False if no device can access all of it.
 bool ParamReader::read_states(Entry* entry, View* views) {
   const Group& group = *entry->group;
-  if (group.states.empty() && !group.counts_steps) return true;
+  const bool is_plain = !group.in_parts() || !is_half(views[kParam].dtype);
+  if (group.states.empty() && !group.counts_steps && is_plain) return true;
   const Py_ssize_t before = cursor_;
   entry->state = find(state_.ptr(), entry->param, &cursor_);
   in_order_ = in_order_ && cursor_ != before;
@@ -54,10 +53,11 @@ bool ParamReader::read_states(Entry* entry, View* views) {
     read_state(*entry, tensor, group.states[s], views[kParam], &state);
     if (entry->device != kHost) {
       const View pair[] = {views[kParam], state};
-      fits = fits && common_layout(pair, 2).empty() &&
+      fits = fits && is_number(state.dtype) && common_layout(pair, 2).empty() &&
              (state.dtype == DType::f64) == (pair[0].dtype == DType::f64);
     }
   }
+  if (entry->device == kHost) read_parts(entry, views, &cursor);
   return fits;
 }
 
@@ -68,7 +68,8 @@ static std::string device_text(int device) {
 void ParamReader::read_state(const Entry& entry, PyObject* tensor, const py::str& key,
                              const View& param, View* view) {
   held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-  const bool readable = tensors_.read(tensor, view, &held_);
+  const bool readable =
+      tensors_.read_stored(tensor, view, &held_) && view->dtype != DType::bf16_split;
   const Fault fault = readable ? fault_of(param, *view) : Fault::elsewhere;
   if (fault == Fault::none) return;
   const std::string name = entry.name(std::string(key));
@@ -176,6 +177,7 @@ void ParamReader::advance(const std::vector<Entry>& entries) const {
           PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
       if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
     }
+    if (entry.rounding.data) entry.rounding.increment();
     if (entry.usual) {
       tensors_.abi().bump_version(entry.records[kParam]);
     } else {

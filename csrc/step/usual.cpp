@@ -40,7 +40,7 @@ double ParamReader::likely_t() const {
 
 bool ParamReader::find_usual(Entry* entry) {
   const Group& group = *entry->group;
-  const bool has_state = group.counts_steps || !group.states.empty();
+  const bool has_state = group.has_state();
   if (has_state) entry->state = find_next(state_.ptr(), entry->param, &cursor_);
   const bool moves_slow = group.has_slow && group.alpha != 0;
   if (!group.has_kernel || moves_slow || !tensors_.is_plain(entry->param)) return false;
@@ -59,9 +59,11 @@ bool ParamReader::find_usual(Entry* entry) {
     if (!find(group.states[s].ptr(), &entry->records[kFirstState + s])) return false;
   }
   // Slow weights at rest are not read, but have to be made in the first step.
-  if (!group.has_slow) return true;
-  PyObject* const slow = find_next(entry->state, group.states.back().ptr(), &cursor);
-  return slow && slow != Py_None;
+  if (group.has_slow) {
+    PyObject* const slow = find_next(entry->state, group.states.back().ptr(), &cursor);
+    if (!slow || slow == Py_None) return false;
+  }
+  return !group.in_parts() || find_usual_parts(entry, &cursor);
 }
 
 // Also asks for all memory that read_usual reads.
@@ -94,12 +96,16 @@ bool ParamReader::read_usual(Entry* entry, View* views) const {
   if (!entry->records[kGrad] || tensors_.abi().asks_python(entry->records[kGrad])) return false;
   const int streams = kFirstState + static_cast<int>(group.rule_states());
   for (int s = 0; s < streams; ++s) {
-    if (!tensors_.read(entry->records[s], &views[s]) || !views[s].contiguous ||
+    const bool may_be_coded = s >= kFirstState && group.may_be_coded;
+    if (!(may_be_coded ? tensors_.read_stored(entry->records[s], &views[s])
+                       : tensors_.read(entry->records[s], &views[s])) ||
+        views[s].dtype == DType::bf16_split || !views[s].contiguous ||
         fault_of(views[kParam], views[s]) != Fault::none) {
       return false;
     }
   }
   if (views[kParam].device != kHost || any_come_close(views, streams)) return false;
+  if (group.in_parts() && !read_usual_parts(entry, views)) return false;
   entry->t = 2;
   if (!group.counts_steps) return true;
   if (!tensors_.read_count(entry->step_record, &entry->count)) return false;

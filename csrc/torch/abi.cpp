@@ -14,7 +14,8 @@
 namespace fusedopt {
 
 // In the order of RawTensor::Type.
-static const char* const kDtypes[] = {"float32", "float64", "bfloat16", "float16", "int64"};
+static const char* const kDtypes[] = {"float32", "float64", "bfloat16", "float16",
+                                      "uint8",   "int16",   "int64"};
 
 #if defined(__unix__) || defined(__APPLE__)
 

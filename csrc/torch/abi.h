@@ -16,7 +16,7 @@ namespace py = pybind11;
 // What the engine asks of a strided tensor on the CPU or on a CUDA device. `shape` and `strides`
 // live as long as the tensor keeps them.
 struct RawTensor {
-  enum Type : uint8_t { f32, f64, bf16, f16, i64 } type;
+  enum Type : uint8_t { f32, f64, bf16, f16, u8, i16, i64 } type;
   bool on_cuda;
   int device;  // its number, on CUDA
   int ndim;

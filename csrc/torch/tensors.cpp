@@ -87,6 +87,7 @@ bool TensorReader::read_attributes(PyObject* object, RawTensor* tensor, Held* he
   static const std::map<std::string, RawTensor::Type> types = {
       {"torch.float32", RawTensor::f32},   {"torch.float64", RawTensor::f64},
       {"torch.bfloat16", RawTensor::bf16}, {"torch.float16", RawTensor::f16},
+      {"torch.uint8", RawTensor::u8},      {"torch.int16", RawTensor::i16},
       {"torch.int64", RawTensor::i64},
   };
   const auto self = py::reinterpret_borrow<py::object>(object);
@@ -137,14 +138,14 @@ static bool has_memory(const RawTensor& tensor, int64_t numel) {
   return numel == 0 || tensor.data != nullptr;
 }
 
-bool TensorReader::read(PyObject* object, View* view, Held* held) const {
+bool TensorReader::read_stored(PyObject* object, View* view, Held* held) const {
   RawTensor tensor;
   PyObject* const local = local_part(object, held);
   view->is_local_part = local != object;
   return local && read_raw(local, &tensor, held) && set_view(tensor, view);
 }
 
-bool TensorReader::read(Record record, View* view) const {
+bool TensorReader::read_stored(Record record, View* view) const {
   RawTensor tensor;
   view->is_local_part = false;
   return abi_->read(record, &tensor) && !tensor.on_cuda && set_view(tensor, view);
@@ -157,6 +158,8 @@ bool TensorReader::set_view(const RawTensor& tensor, View* view) const {
     case RawTensor::f64: view->dtype = DType::f64; break;
     case RawTensor::bf16: view->dtype = DType::bf16; break;
     case RawTensor::f16: view->dtype = DType::f16; break;
+    case RawTensor::u8: view->dtype = DType::e4m3; break;
+    case RawTensor::i16: view->dtype = DType::bf16_split; break;
     case RawTensor::i64: return false;
   }
   view->data = static_cast<char*>(tensor.data);

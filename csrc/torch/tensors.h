@@ -31,6 +31,9 @@ struct View {
   bool contiguous = false;     // the strides are those of a C array, also where a size is 1
   bool is_local_part = false;  // of a tensor that several processes share
   bool negated = false;        // the memory has the opposite sign of the tensor
+  // Of a stream that has one, the second array.
+  char* second = nullptr;
+  const int64_t* second_strides = nullptr;  // of a parameter's; the scales of blocks are one array
 };
 
 class TensorReader {
@@ -54,13 +57,20 @@ class TensorReader {
   // False, with no Python error set, for anything but a strided tensor of a supported dtype on the
   // CPU or on a CUDA device that has kernels.
   // A DTensor is read as its local shard.
-  bool read(PyObject* object, View* view, Held* held) const;
+  bool read(PyObject* object, View* view, Held* held) const {
+    return read_stored(object, view, held) && is_number(view->dtype);
+  }
+  // The same, and uint8 as e4m3, int16 as bf16_split: what belongs to a stream of that kind.
+  bool read_stored(PyObject* object, View* view, Held* held) const;
 
   // The same without Python, where fast(): the record of a tensor on the CPU, in a class of
   // torch's.
   const TorchAbi& abi() const { return *abi_; }
   bool is_plain(PyObject* object) const;  // whether it is in one
-  bool read(Record record, View* view) const;
+  bool read(Record record, View* view) const {
+    return read_stored(record, view) && is_number(view->dtype);
+  }
+  bool read_stored(Record record, View* view) const;
 
   // The single element of a tensor that counts steps; on a device, a float32 one.
   struct Count {

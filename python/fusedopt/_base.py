@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,30 +12,20 @@ from torch.optim.optimizer import ParamsT
 
 from fusedopt import _engine, _norms, _operators, _ranks, clip
 from fusedopt._clipping import NOTHING, Clips
-from fusedopt._engine import Group, Scaling, number, on_device
+from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
-from fusedopt._from_torch import FromTorch
+from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
-from fusedopt._options import OPTIONS, refuse_groups_of_another
+from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
+from fusedopt._storage import SLOW, UNSIGNED, Stores
 
-SLOW = "slow"  # the key of Lookahead's slow weights in the state
-SEE_FUSED = "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`."  # in a class docstring
-
-
-class Rule(NamedTuple):
-    """Which kernel steps a param group, and which state it keeps for each parameter."""
-
-    name: str
-    """As registered in csrc/rules/list.h."""
-    flags: tuple[bool, ...]
-    """The bool template parameters of the rule, in order."""
-    states: tuple[str, ...]
-    """Keys of the state tensors, in the order in which the rule takes them."""
-    counts_steps: bool
-    """Whether the state holds a ``step``."""
+SEE_FUSED = (  # in a class docstring
+    "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
+    "        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`."
+)
 
 
-class Fused(Clips, FallsBack, Hooked, FromTorch):
+class Fused(Clips, FallsBack, Stores, Hooked, FromTorch):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
@@ -50,11 +40,21 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         skip_nonfinite: a step whose gradients have an infinite or NaN norm changes nothing, and
             counts in `skipped_steps`.
         amp_scaling: let `torch.amp.GradScaler` leave the unscaling of gradients to the step.
+        state_dtype: how the states of rules are stored: ``None``, as the parameter is;
+            ``torch.float32``, ``torch.bfloat16``, ``torch.float16``; ``"mxfp8"``, 8 bits in blocks
+            of 32 with a scale each, rounded at random, and float32 for parameters of one dimension,
+            of fewer than 4096 elements or of less than 32 a row; or a function of a parameter that
+            returns one of these. States that are there already stay as they are.
+        master_weights: keep beside each bfloat16 parameter the 16 bits that it lacks of a float32,
+            and beside each float16 one its float32: the steps are those of float32 parameters.
+        stochastic_rounding: round 16-bit parameters without masters up or down at random, as often
+            as is fair, where to nearest an update of less than half a digit is lost.
+        seed: of all random bits, which are the same on every machine and split.
         **kwargs: the torch class's.
 
     Raises:
-        ValueError: max_grad_norm is negative or NaN; or a param group has one of these three, or
-            was made for another optimizer that has them.
+        ValueError: max_grad_norm is negative or NaN, or state_dtype none of these; or a param group
+            has one of these options, or was made for another optimizer that has them.
         RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 
@@ -68,15 +68,22 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if max_grad_norm is not None:
-            clip.valid_max_norm(max_grad_norm, "max_grad_norm")
         options = {
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
             "amp_scaling": amp_scaling,
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
+        check_options(options)
         refuse_groups_of_another(params, options)
         self._made_by_zero = _ranks.called_by_zero()
         self._asked = options
@@ -84,6 +91,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self._asked = None
         for name, value in options.items():
             setattr(self, name, value)
+        self._store_what_is_there()
         if self._made_by_zero and (max_grad_norm is not None or skip_nonfinite):
             self._refuse_if_split()
 
@@ -228,7 +236,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of its torch parent.
 
-        State tensors get their parameter's dtype, as in torch, unless that cannot hold them:
+        States are stored as this optimizer's ``state_dtype`` says, whatever they were saved as.
+        With ``None`` they get their parameter's dtype, as in torch, unless that cannot hold them:
         float32 states of a bfloat16 parameter stay float32, where torch rounds them. So no digit is
         lost, and a checkpoint that was saved in 16 bits goes on in float32.
         """
@@ -238,7 +247,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             self.register_load_state_dict_pre_hook(lambda _, seen: saved.update(seen)),
             # The first of the post-hooks leaves to the others what they expect.
             self.register_load_state_dict_post_hook(
-                lambda _: self._restore_dtypes(saved), prepend=True
+                lambda _: self._restore_states(saved), prepend=True
             ),
         ]
         try:
@@ -246,15 +255,6 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        for p, i in zip(self._parameters(), ids, strict=True):
-            for key, value in saved["state"].get(i, {}).items():
-                if key == "step" or not isinstance(value, Tensor) or value.is_complex():
-                    continue
-                if torch.promote_types(value.dtype, p.dtype) != p.dtype:
-                    self.state[p][key] = value.to(p.device)
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         self._refuse_options_in(group)
@@ -271,7 +271,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         return Group(
             params=group["params"],
             names=group.get("param_names"),
-            has_kernel=not group.get("differentiable"),
+            has_kernel=not group.get("differentiable") and not self._is_left_to_torch(group),
             rule=rule.name,
             flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
             states=rule.states + ((SLOW,) if self._lookahead else ()),
@@ -285,19 +285,12 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             fold=lambda t: self._scalars(group, t),
             create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),
             move_count=self._move_count,
+            unsigned=tuple(name in UNSIGNED for name in rule.states),
+            has_master=self.master_weights,
+            rounds_at_random=self.stochastic_rounding,
+            may_be_coded=self._may_be_coded(),
+            first_element=self._first_element,
         )
-
-    def _create_state(self, rule: Rule, p: Tensor, capturable: bool = False) -> None:
-        """Add what the rule needs and the state of p lacks."""
-        state = self.state[p]
-        if rule.counts_steps and "step" not in state:
-            device = p.device if capturable else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for name in rule.states:
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if self._lookahead and state.get(SLOW) is None:
-            state[SLOW] = p.detach().clone(memory_format=torch.preserve_format)
 
     def _move_count(self, p: Tensor, steps: float, to_device: bool) -> None:
         device = p.device if to_device else "cpu"

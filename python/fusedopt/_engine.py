@@ -37,6 +37,19 @@ def number_or_device(x: float | Tensor) -> float | Tensor:
     return x.detach().double() if isinstance(x, Tensor) and on_device(x) else number(x)
 
 
+class Rule(NamedTuple):
+    """Which kernel steps a param group, and which state it keeps for each parameter."""
+
+    name: str
+    """As registered in csrc/rules/list.h."""
+    flags: tuple[bool, ...]
+    """The bool template parameters of the rule, in order."""
+    states: tuple[str, ...]
+    """Keys of the state tensors, in the order in which the rule takes them."""
+    counts_steps: bool
+    """Whether the state holds a ``step``."""
+
+
 class Group(NamedTuple):
     """One param group in one step, as csrc/step/group.h reads it."""
 
@@ -58,6 +71,16 @@ class Group(NamedTuple):
     create_state: Callable[[Tensor], None]
     move_count: Callable[[Tensor, float, bool], None]
     """Put so many steps into the state of a parameter, on its device or on the CPU."""
+    unsigned: tuple[bool, ...]
+    """Of each state of the rule, whether it has no sign: in 8 bits, that makes a difference."""
+    has_master: bool
+    """Whether 16-bit parameters have what they lack of a float32 in their state."""
+    rounds_at_random: bool
+    """Whether 16-bit parameters without that are rounded at random."""
+    may_be_coded: bool
+    """Whether the state of some parameter may be in 8 bits."""
+    first_element: Callable[[Tensor], int]
+    """Of a DTensor, the elements of the whole before those of this process."""
 
 
 class Scaling(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fusedopt import _engine
+from fusedopt._storage import Stores
 
 
 class Follower(Protocol):
@@ -25,11 +25,15 @@ class Follower(Protocol):
     def following(self, params: list[Tensor]) -> AbstractContextManager[None]: ...
 
 
-class FallsBack(Optimizer):
+class FallsBack(Stores):
     """The fallback, for `fusedopt._base.Fused`."""
 
     _lookahead: Follower | None = None  # during a step that one makes
     _without_kernel = "torch's own implementation"  # what makes a step then
+
+    def _is_left_to_torch(self, group: dict[str, Any]) -> bool:
+        """Return whether a device's kernels lack a memory mode."""
+        return self._is_in_modes() and _engine.on_device(next(iter(group["params"]), None))
 
     def _fall_back(
         self,
@@ -43,17 +47,20 @@ class FallsBack(Optimizer):
 
         Their gradients count times factor.
         """
-        by_group: dict[int, list[Tensor]] = {}
-        # Sparse gradients first: a torch class that refuses them then does so before any update.
-        for index, p in sorted(unsupported, key=lambda pair: not _is_sparse(pair[1])):
-            if warns:
-                self._warn_of_fallback(_cause(all_groups[index], p))
-            by_group.setdefault(index, []).append(p)
-        groups = [{**all_groups[i], "params": params} for i, params in by_group.items()]
         params = [p for _, p in unsupported]
         followed = self._lookahead.following(params) if self._lookahead else nullcontext()
-        with _scaled_gradients(params, factor), followed:
-            self._torch_step(groups)
+        if warns:
+            for index, p in unsupported:
+                self._warn_of_fallback(_cause(all_groups[index], p, self._is_in_modes()))
+        with _scaled_gradients(params, factor), followed, self._as_floats(unsupported) as pairs:
+            by_group: dict[int, list[Tensor]] = {}
+            # Sparse gradients first: a torch class that refuses them then does so before any
+            # update.
+            for index, p in sorted(pairs, key=lambda pair: not _is_sparse(pair[1])):
+                by_group.setdefault(index, []).append(p)
+            self._torch_step(
+                [{**all_groups[i], "params": params} for i, params in by_group.items()]
+            )
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """Step these groups with the parent class's bare step: its hooks have fired already."""
@@ -111,7 +118,7 @@ def _is_sparse(p: Tensor) -> bool:
     return p.grad is not None and p.grad.layout != torch.strided
 
 
-def _cause(group: dict[str, Any], p: Tensor) -> str:
+def _cause(group: dict[str, Any], p: Tensor, in_modes: bool) -> str:
     """Return why p has no kernel, for a warning."""
     assert p.grad is not None
     device = p.device.type
@@ -119,6 +126,8 @@ def _cause(group: dict[str, Any], p: Tensor) -> str:
     causes = {
         "differentiable=True": group.get("differentiable"),
         f"parameters on {device}": not has_kernels,
+        f"master weights, random rounding or 8-bit states on {device}": in_modes
+        and _engine.on_device(p),
         "sparse gradients": _is_sparse(p),
         "complex parameters": p.is_complex(),
         "parameters that torch has yet to negate": p.is_neg(),

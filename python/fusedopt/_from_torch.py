@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
 from fusedopt import clip
-from fusedopt._options import HasOptions
+from fusedopt._options import OPTIONS, HasOptions
+from fusedopt._storage import check_seed, check_state_dtype
 
 T = TypeVar("T", bound="FromTorch")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that is out of its range."""
+    if options.get("max_grad_norm") is not None:
+        clip.valid_max_norm(options["max_grad_norm"], "max_grad_norm")
+    if not callable(options.get("state_dtype")):
+        check_state_dtype(options.get("state_dtype"))
+    check_seed(options.get("seed", 0))
 
 
 class FromTorch(HasOptions):
@@ -19,10 +29,7 @@ class FromTorch(HasOptions):
     def from_torch(
         cls: type[T],
         optimizer: Optimizer,
-        *,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        amp_scaling: bool = False,
+        **options: Any,
     ) -> T:
         """Take over an optimizer of the torch class of the same name, in mid-run.
 
@@ -32,14 +39,12 @@ class FromTorch(HasOptions):
 
         Args:
             optimizer: an optimizer of torch.
-            max_grad_norm: as of the constructor.
-            skip_nonfinite: as of the constructor.
-            amp_scaling: as of the constructor.
+            **options: of the constructor, as far as torch's class does not have them.
 
         Raises:
             TypeError: optimizer is not exactly of the torch class of that name, whose step this
                 one replaces.
-            ValueError: max_grad_norm is negative or NaN.
+            ValueError: an option is out of its range.
         """
         parent = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
         if parent is Optimizer:
@@ -50,13 +55,14 @@ class FromTorch(HasOptions):
                 f"{type(optimizer).__module__}.{type(optimizer).__name__}; use its class's own, or "
                 "load its state_dict()"
             )
-        if max_grad_norm is not None:
-            clip.valid_max_norm(max_grad_norm, "max_grad_norm")
+        unknown = options.keys() - OPTIONS.keys()
+        if unknown:
+            raise TypeError(f"from_torch has no options {sorted(unknown)}, expected {[*OPTIONS]}")
+        check_options(options)
         new = cls.__new__(cls)
         shared = {key: value for key, value in vars(optimizer).items() if key.endswith("_hooks")}
         shared.update(state=optimizer.state, param_groups=optimizer.param_groups)
         new.__setstate__({**shared, "defaults": {**optimizer.defaults}})
-        new.max_grad_norm = max_grad_norm
-        new.skip_nonfinite = skip_nonfinite
-        new.amp_scaling = amp_scaling
+        for name, value in options.items():
+            setattr(new, name, value)
         return new

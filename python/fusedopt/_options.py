@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, overload
 from weakref import WeakValueDictionary
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 T = TypeVar("T")
+
+_Stored = torch.dtype | str | None
+StateDType = _Stored | Callable[[Tensor], _Stored]
 
 # Those of which an option was set, by their id: what `refuse_groups_of_another` looks through.
 _with_options: WeakValueDictionary[int, Optimizer] = WeakValueDictionary()
@@ -50,13 +55,17 @@ class Option(Generic[T]):
 class HasOptions(Optimizer):
     """The options, for `fusedopt._base.Fused`.
 
-    They are of all gradients together, and no keys of param groups: libraries that flatten
+    They are of all parameters together, and no keys of param groups: libraries that flatten
     checkpoints fail on keys they do not know.
     """
 
     max_grad_norm = Option[float | None](None)
     skip_nonfinite = Option[bool](False)
     amp_scaling = Option[bool](False)
+    state_dtype = Option[StateDType](None)
+    master_weights = Option[bool](False)
+    stochastic_rounding = Option[bool](False)
+    seed = Option[int](0)
 
     _asked: dict[str, Any] | None = None  # options, while the constructor makes the groups
 
@@ -86,8 +95,8 @@ class HasOptions(Optimizer):
             if group[name] != (self._asked[name] if self._asked else getattr(self, name)):
                 raise ValueError(
                     f"a param group has {name}={group[name]!r}, expected that on the optimizer: it "
-                    f"is of the gradients of all groups together; pass {name}= to the constructor, "
-                    f"or set optimizer.{name}, and delete it from the group"
+                    f"is of all groups together; pass {name}= to the constructor, or set "
+                    f"optimizer.{name}, and delete it from the group"
                 )
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
+from fusedopt._options import StateDType
 
 
 class Adagrad(Fused, torch.optim.Adagrad):
@@ -39,6 +40,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -60,6 +62,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +81,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -112,7 +122,20 @@ class Adagrad(Fused, torch.optim.Adagrad):
         absent = self.state[p].get("sum") is None
         super()._create_state(rule, p, capturable)
         if absent:
-            self.state[p]["sum"].fill_(self.defaults["initial_accumulator_value"])
+            self._start(p)
+
+    def _start(self, p: Tensor) -> None:
+        start = self.defaults["initial_accumulator_value"]
+        if start != 0:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            total = torch.full_like(p, start, dtype=wide, requires_grad=False)
+            self._store(p, "sum", {"sum": total})
+
+    def _store_what_is_there(self) -> None:
+        super()._store_what_is_there()
+        if self.state_dtype is not None:
+            for p in self.state:
+                self._start(p)
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """Refuse what torch refuses before it has counted a step."""

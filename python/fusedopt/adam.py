@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square, maximum
+from fusedopt._options import StateDType
 
 
 def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
@@ -61,6 +62,7 @@ class Adam(Fused, torch.optim.Adam):
         fused: accepted as by torch; changes nothing.
         decoupled_weight_decay: shrink the parameters by it, instead of adding it to the gradients.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -84,6 +86,10 @@ class Adam(Fused, torch.optim.Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -101,6 +107,10 @@ class Adam(Fused, torch.optim.Adam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -170,6 +180,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -192,6 +203,10 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         # Past that of Adam: torch's AdamW says by itself that the decay is decoupled.
         super(Adam, self).__init__(
@@ -209,4 +224,8 @@ class AdamW(Adam, torch.optim.AdamW):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate
+from fusedopt._options import StateDType
 
 
 class Lion(Fused, Optimizer):
@@ -34,6 +35,7 @@ class Lion(Fused, Optimizer):
         weight_decay: decoupled decay :math:`\lambda`; three to ten times AdamW's.
         maximize: negate the gradients first.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -52,6 +54,10 @@ class Lion(Fused, Optimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -69,6 +75,10 @@ class Lion(Fused, Optimizer):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

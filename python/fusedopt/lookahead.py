@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedopt import _engine, _operators
-from fusedopt._base import SLOW, Fused
+from fusedopt._base import Fused
 from fusedopt._clipping import found_inf
 from fusedopt._hooked import Hooked
 from fusedopt._numeric import accumulate
+from fusedopt._storage import SLOW
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}

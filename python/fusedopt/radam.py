@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square
+from fusedopt._options import StateDType
 from fusedopt.adam import decay_and_betas
 
 
@@ -51,6 +52,7 @@ class RAdam(Fused, torch.optim.RAdam):
         capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
         differentiable: let autograd see the step, which torch's own implementation makes then.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -72,6 +74,10 @@ class RAdam(Fused, torch.optim.RAdam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -87,6 +93,10 @@ class RAdam(Fused, torch.optim.RAdam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:

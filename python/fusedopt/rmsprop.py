@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square, epsilon, largest, maximum, minimum
+from fusedopt._options import StateDType
 
 
 class RMSprop(Fused, torch.optim.RMSprop):
@@ -46,6 +47,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         maximize: negate the gradients first.
         differentiable: let autograd see the step, which torch's own implementation makes then.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -68,6 +70,10 @@ class RMSprop(Fused, torch.optim.RMSprop):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -84,6 +90,10 @@ class RMSprop(Fused, torch.optim.RMSprop):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt._base import Fused, Rule
-from fusedopt._engine import number
+from fusedopt._base import Fused
+from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate
+from fusedopt._options import StateDType
 
 
 class SGD(Fused, torch.optim.SGD):
@@ -40,6 +41,7 @@ class SGD(Fused, torch.optim.SGD):
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
         max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -61,6 +63,10 @@ class SGD(Fused, torch.optim.SGD):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool = False,
+        state_dtype: StateDType = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             params,
@@ -76,6 +82,10 @@ class SGD(Fused, torch.optim.SGD):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             amp_scaling=amp_scaling,
+            state_dtype=state_dtype,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:

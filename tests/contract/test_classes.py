@@ -23,7 +23,15 @@ from tests.helpers import (
 from tests.registry import BAD_ARGUMENTS, Config
 
 # Keyword-only arguments that every class may add to torch's.
-ADDITIONS = {"max_grad_norm", "skip_nonfinite", "amp_scaling"}
+ADDITIONS = {
+    "max_grad_norm",
+    "skip_nonfinite",
+    "amp_scaling",
+    "state_dtype",
+    "master_weights",
+    "stochastic_rounding",
+    "seed",
+}
 
 
 @each_torch_optimizer

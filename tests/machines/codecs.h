@@ -83,7 +83,7 @@ inline void check_sums(const Rule& sgd, const Sums& sums) {
   const Stream streams[] = {{param.at(0), param.dtype()}, {grad.at(0), grad.dtype()}};
   const bool in_double = sums.param == f64 || sums.grad == f64;
   const void* const next[] = {param.at(0), grad.at(0)};
-  (in_double ? sgd.update_f64 : sgd.update_f32)(scalars, 1, streams, 0, n, next);
+  (in_double ? sgd.update_f64 : sgd.update_f32)(scalars, 1, streams, {}, 0, n, next);
   for (int64_t i = 0; i < n; ++i) {
     const uint64_t got = canonical(param.get(i), param.dtype());
     if (got == sums.expected[i]) continue;

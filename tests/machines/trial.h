@@ -279,7 +279,7 @@ class Trial {
 inline void update_some(const Job& job, int64_t first, int64_t count) {
   const void* next[kMaxStreams];
   for (int s = 0; s < job.stream_count; ++s) next[s] = job.streams[s].data;
-  job.update(job.scalars, job.grad_scale, job.streams, first, count, next);
+  job.update(job.scalars, job.grad_scale, job.streams, job.origin, first, count, next);
 }
 inline void update_all(const Job& job) { update_some(job, 0, job.numel); }
 

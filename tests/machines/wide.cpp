@@ -62,6 +62,53 @@ FUSEDOPT_WIDE_FN __m256i encode_f16(__m512 from) {
   std::memcpy(&to, halves, sizeof(to));
   return to;
 }
+// AVX-512's own, from memory to memory.
+template <class To, class From, class F>
+FUSEDOPT_WIDE_FN To in_memory(const From& from, F f) {
+  To to;
+  f(reinterpret_cast<const char*>(&from), reinterpret_cast<char*>(&to));
+  return to;
+}
+template <class Narrow>
+FUSEDOPT_WIDE_FN __m512i widen_bytes(__m256i from) {
+  return in_memory<__m512i>(from, [](const char* x, char* y) {
+    for (int i = 0; i < 32; ++i) {
+      Narrow byte;
+      std::memcpy(&byte, x + i, 1);
+      const auto half = static_cast<int16_t>(byte);
+      std::memcpy(y + 2 * i, &half, 2);
+    }
+  });
+}
+FUSEDOPT_WIDE_FN __m256i narrow_halves(__m512i from) {
+  return in_memory<__m256i>(from, [](const char* x, char* y) {
+    for (int i = 0; i < 32; ++i) y[i] = x[2 * i];
+  });
+}
+template <class Lane, class V>
+FUSEDOPT_WIDE_FN V permute_two(V a, __m512i order, V b) {
+  constexpr int kLanes = 64 / sizeof(Lane);
+  Lane from[2 * kLanes], to[kLanes], at[kLanes];
+  std::memcpy(from, &a, 64);
+  std::memcpy(from + kLanes, &b, 64);
+  std::memcpy(at, &order, 64);
+  for (int i = 0; i < kLanes; ++i) to[i] = from[at[i]];
+  V result;
+  std::memcpy(&result, to, 64);
+  return result;
+}
+template <class Lane, class... Lanes>
+FUSEDOPT_WIDE_FN __m512i set_lanes(Lanes... from_the_last) {
+  const Lane lanes[] = {static_cast<Lane>(from_the_last)...};
+  Lane in_order[64 / sizeof(Lane)];
+  for (size_t i = 0; i < sizeof...(Lanes); ++i) in_order[sizeof...(Lanes) - 1 - i] = lanes[i];
+  __m512i result;
+  std::memcpy(&result, in_order, 64);
+  return result;
+}
+FUSEDOPT_WIDE_FN __m512i multiply_epu32(__m512i a, __m512i b) {
+  return in_halves(a, b, [](__m256i x, __m256i y) { return _mm256_mul_epu32(x, y); });
+}
 FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvector(from, __m512d); }
 
 }  // namespace
@@ -78,6 +125,16 @@ FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvecto
 #define _mm512_unpacklo_epi16(a, b) unpacklo_epi16(a, b)
 #define _mm512_unpackhi_epi16(a, b) unpackhi_epi16(a, b)
 #define _mm512_packs_epi32(a, b) packs_epi32(a, b)
+#define _mm512_maskz_cvtepu8_epi16(mask, x) widen_bytes<uint8_t>(x)
+#define _mm512_maskz_cvtepi8_epi16(mask, x) widen_bytes<int8_t>(x)
+#define _mm512_maskz_cvtepi16_epi8(mask, x) narrow_halves(x)
+#define _mm512_maskz_mul_epu32(mask, a, b) multiply_epu32(a, b)
+#define _mm512_permutex2var_ps(a, order, b) permute_two<uint32_t>(a, order, b)
+#define _mm512_permutex2var_epi64(a, order, b) permute_two<uint64_t>(a, order, b)
+#undef _mm512_set_epi32
+#undef _mm512_set_epi64
+#define _mm512_set_epi32 set_lanes<int32_t>
+#define _mm512_set_epi64 set_lanes<int64_t>
 
 #define __AVX512F__ 1
 #define FUSEDOPT_ISA wide

@@ -1,0 +1,76 @@
+// Random bits in registers: those of random.h, for several counters at once. Included inside the
+// ISA's namespace.
+#pragma once
+
+#include "numeric/random.h"
+#include "numeric/vec.h"
+
+// Philox for as many counters as there are lanes of 64 bits; only the lower half of each counts.
+typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
+constexpr int kCounters = kVectorBytes / 8;
+
+FUSEDOPT_FN Wide multiply_lower_halves(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return bit_cast<Wide>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Wide>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Wide>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// Lanes a0 b0 a1 b1 ..., to memory.
+FUSEDOPT_FN void store_interleaved(Wide a, Wide b, uint16_t* to) {
+#if defined(__AVX512F__)
+  const __m512i lower = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
+  const __m512i upper = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  const auto x = bit_cast<__m512i>(a), y = bit_cast<__m512i>(b);
+  const __m512i both[] = {_mm512_permutex2var_epi64(x, lower, y),
+                          _mm512_permutex2var_epi64(x, upper, y)};
+#elif defined(__AVX2__)
+  const auto x = bit_cast<__m256i>(a), y = bit_cast<__m256i>(b);
+  const __m256i even = _mm256_unpacklo_epi64(x, y), odd = _mm256_unpackhi_epi64(x, y);
+  const __m256i both[] = {_mm256_permute2x128_si256(even, odd, 0x20),
+                          _mm256_permute2x128_si256(even, odd, 0x31)};
+#else
+  uint64_t both[2 * kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    both[2 * i] = a[i];
+    both[2 * i + 1] = b[i];
+  }
+#endif
+  std::memcpy(to, both, sizeof(both));
+}
+
+// The random bits of one key in one draw.
+struct RandomBits {
+  uint64_t keys[kPhiloxRounds];  // of each round; the others are the same for all
+  uint32_t draw;
+
+  RandomBits(uint32_t key, uint32_t draw) : draw(draw) {
+    for (uint64_t& each : keys) {
+      each = key;
+      key += kPhiloxWeyl[0];
+    }
+  }
+
+  // Of kCounters consecutive counters: of kElementsOfCounter elements each.
+  FUSEDOPT_FN void operator()(uint64_t counter, uint16_t* to) const {
+    const Wide zero{};
+    Wide x0 = zero;
+    for (int i = 0; i < kCounters; ++i) x0[i] = static_cast<uint64_t>(i);
+    x0 += counter;
+    Wide x1 = x0 >> 32, x2 = zero + draw, x3 = zero;
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      const Wide a = multiply_lower_halves(x0, zero + kPhiloxMultipliers[0]);
+      const Wide b = multiply_lower_halves(x2, zero + kPhiloxMultipliers[1]);
+      x0 = (b >> 32) ^ x1 ^ (zero + keys[round]);
+      x1 = b;
+      x2 = (a >> 32) ^ x3 ^ (zero + uint64_t{round * kPhiloxWeyl[1]});
+      x3 = a;
+    }
+    store_interleaved((x0 & 0xffffffff) | x1 << 32, (x2 & 0xffffffff) | x3 << 32, to);
+  }
+};
