@@ -327,7 +327,7 @@ def test_other_state_dtypes_are_refused(wrong: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 1 << 64, 0.5, None])
 def test_other_seeds_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="Invalid seed: .*, expected an integer"):
+    with pytest.raises(ValueError, match=r"Invalid seed: .*, expected an integer"):
         fusedopt.AdamW(parameters(torch.bfloat16), seed=wrong)
 
 
