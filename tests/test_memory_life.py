@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedopt
-from fusedopt import _codecs
+from fusedopt import _codecs, _core, _engine
 from tests.reference import same_bits
 from tests.registry import Config
 from tests.test_memory_modes import (
@@ -74,6 +74,24 @@ def test_pieces_and_threads_change_no_bit(name: str, mode: str, threads: int) ->
                 e.assert_equal(p)
     finally:
         torch.set_num_threads(before)
+
+
+@each_mode
+@pytest.mark.parametrize("isa", fusedopt.isas())
+def test_each_instruction_set_has_the_same_bits(
+    mode: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_engine, "engine", _core.Engine(isa=isa))
+    params = parameters(torch.bfloat16, [(64, 96), (70, 67), (300,), (4, 200, 32)])
+    optimizer = fusedopt.AdamW(params, **MODES[mode])
+    expected = [Expected(optimizer, p, i) for i, p in enumerate(params)]
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+        for p, e in zip(params, expected, strict=True):
+            assert p.grad is not None
+            e.step(p.grad)
+            e.assert_equal(p)
 
 
 @each_mode

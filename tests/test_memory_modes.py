@@ -121,10 +121,20 @@ class Expected:
 
 @each_config
 @each_mode
-@each_dtype
-def test_a_step_is_the_reference_between_the_codecs(
+def test_a_step_is_the_reference_between_the_codecs(config: Config, mode: str) -> None:
+    check_steps(config, mode, torch.bfloat16)
+
+
+@each_plain_config
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_so_it_is_with_parameters_of_other_dtypes(
     config: Config, mode: str, dtype: torch.dtype
 ) -> None:
+    check_steps(config, mode, dtype)
+
+
+def check_steps(config: Config, mode: str, dtype: torch.dtype) -> None:
     params = parameters(dtype)
     optimizer = config.cls(params, **config.kwargs, **MODES[mode])
     expected = [Expected(optimizer, p, i) for i, p in enumerate(params)]

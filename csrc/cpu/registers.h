@@ -111,7 +111,7 @@ struct Held<DType::e5m3> : HeldBlock<E5M3> {};
 
 // ---- an update ----------------------------------------------------------------------------------
 
-constexpr int64_t kUnit = kRandomTile > kBlock ? kRandomTile : kBlock;
+constexpr int64_t kUnit = kRandomTile;
 
 // Asks for a unit of a stream, `ahead` of that at element `first`. (A number may point anywhere.)
 template <int64_t kSize>
@@ -124,7 +124,7 @@ FUSEDOPT_FN void prefetch_unit(uintptr_t ahead, int64_t first) {
 
 // Of a rule with two states. Returns where it has stopped: after the last whole unit.
 template <DType kParamType, DType kGradType, DType kState0, DType kState1, class Rule>
-[[gnu::noinline]] int64_t update_in_registers(const Rule& rule, float grad_scale,
+[[gnu::noinline]] int64_t update_in_registers(const Rule& given, float grad_scale,
                                               const Stream* streams, const Origin& origin,
                                               int64_t first, int64_t count,
                                               const void* const* next) {
@@ -132,6 +132,11 @@ template <DType kParamType, DType kGradType, DType kState0, DType kState1, class
       Held<kParamType>::kRandom || Held<kState0>::kRandom || Held<kState1>::kRandom;
   constexpr int64_t kSizes[] = {item_size(kParamType), item_size(kGradType), item_size(kState0),
                                 item_size(kState1), second_size(kParamType)};
+  // Copies that nothing stored can change.
+  const Rule rule = given;
+  const Stream param = streams[kParam], grad = streams[kGrad], first_state = streams[kFirstState],
+               second_state = streams[kFirstState + 1];
+  const int64_t offset = origin.first;
   const char* const arrays[] = {streams[0].data, streams[1].data, streams[2].data, streams[3].data,
                                 streams[kParam].second};
   // As many elements of each, so that all come to their ends together, and go on at `next`.
@@ -162,18 +167,15 @@ template <DType kParamType, DType kGradType, DType kState0, DType kState1, class
     prefetch_unit<kSizes[3]>(ahead[3], first);
     prefetch_unit<kSizes[4]>(ahead[4], first);
     if (kRandom) {
-      const uint64_t counter = static_cast<uint64_t>(origin.first + first) / kElementsOfCounter;
-      for (int i = 0; i < kUnit / kRandomTile; ++i) {
-        random_bits(counter + static_cast<uint64_t>(i * kCounters), random + i * kRandomTile);
-      }
+      random_bits(static_cast<uint64_t>(offset + first) / kRandomBlock, random);
     }
     for (int64_t at = first; at < first + kUnit; at += kBlock) {
       Held<kParamType> p;
       Held<kGradType> g;
       Held<kState0> m;
       Held<kState1> v;
-      const bool usual = p.load(streams[kParam], at) & g.load(streams[kGrad], at) &
-                         m.load(streams[kFirstState], at) & v.load(streams[kFirstState + 1], at);
+      const bool usual =
+          p.load(param, at) & g.load(grad, at) & m.load(first_state, at) & v.load(second_state, at);
       for (int i = 0; i < kInBlock; ++i) {
         BFloat16Vec state[kMaxStates] = {m.lanes[i], v.lanes[i]};
         rule(p.lanes[i], g.lanes[i] * grad_scale, state);
@@ -181,13 +183,13 @@ template <DType kParamType, DType kGradType, DType kState0, DType kState1, class
         v.lanes[i] = state[1];
       }
       if (!usual | p.is_rare() | m.is_rare() | v.is_rare()) {
-        update_in_tiles(rule, grad_scale, streams, origin, at, kBlock, next);
+        update_in_tiles(given, grad_scale, streams, origin, at, kBlock, next);
         continue;
       }
       const uint16_t* const bits = random + (at - first);
-      p.store(streams[kParam], at, bits);
-      m.store(streams[kFirstState], at, bits);
-      v.store(streams[kFirstState + 1], at, bits);
+      p.store(param, at, bits);
+      m.store(first_state, at, bits);
+      v.store(second_state, at, bits);
     }
   }
   return first;
@@ -207,7 +209,7 @@ int64_t update_if_usual(const Rule& rule, float grad_scale, const Stream* stream
   if constexpr (kIsHot<Rule>) {
     const bool aligned =
         origin.rows.length % kBlock == 0 || !has_blocks(streams[kFirstState].dtype);
-    if (!aligned || first % kBlock || (origin.first + first) % kElementsOfCounter) return first;
+    if (!aligned || first % kBlock || (origin.first + first) % kRandomBlock) return first;
     const auto are = [streams](DType p, DType g, DType m, DType v) {
       return streams[kParam].dtype == p && streams[kGrad].dtype == g &&
              streams[kFirstState].dtype == m && streams[kFirstState + 1].dtype == v;

@@ -98,15 +98,14 @@ void encode_blocks(const T* from, const Stream& to, const Rows& rows, int64_t fi
   });
 }
 
-// Random bits of elements [first, first + n), within `bits`, which has room for kRandomTile more.
-constexpr int kRandomTile = kCounters * kElementsOfCounter;
+// Random bits of elements [first, first + n), within `bits`, which has room for two more tiles.
 inline const uint16_t* random_tile(const Origin& origin, int64_t first, int64_t n, uint16_t* bits) {
   const RandomBits random(origin.key, origin.draw);
   const auto element = static_cast<uint64_t>(origin.first + first);
-  const auto before = static_cast<int64_t>(element % kElementsOfCounter);
-  uint64_t counter = element / kElementsOfCounter;
-  for (int64_t at = 0; at < before + n; at += kRandomTile, counter += kCounters) {
-    random(counter, bits + at);
+  const auto before = static_cast<int64_t>(element % kRandomBlock);
+  uint64_t block = element / kRandomBlock;
+  for (int64_t at = 0; at < before + n; at += kRandomTile, block += kRandomTile / kRandomBlock) {
+    random(block, bits + at);
   }
   return bits + before;
 }
@@ -174,7 +173,7 @@ template <class T, class Rule>
     in_blocks = in_blocks || has_blocks(streams[s].dtype);
     at_random = at_random || takes_random_bits(streams[s].dtype);
   }
-  alignas(kVectorBytes) uint16_t bits[kTile + kRandomTile];
+  alignas(kVectorBytes) uint16_t bits[kTile + 2 * kRandomTile];
   const uint16_t* random = bits;
   for (const int64_t end = first + count; first < end;) {
     int64_t n = end - first < kTile ? end - first : kTile;

@@ -29,19 +29,21 @@ FUSEDOPT_FN Words4 philox(uint64_t counter, uint32_t draw, uint32_t key) {
   return {{x0, x1, x2, x3}};
 }
 
-// An element has 16 random bits. What is rounded at the same time takes them in another order, so
-// that, to 8 bits, one rounding says nothing of another.
-constexpr int kElementsOfCounter = 8;
-// Words is uint32_t, or a vector of them.
-template <class Words>
-FUSEDOPT_FN Words bits_for_signed(Words u) {
+// 32 elements share 256 bits, 16 halves of words: of an element and the one 16 after it, one has
+// the bytes of a half in the one order and one in the other. And what is rounded at the same time
+// takes an element's 16 bits in another order. So one rounding says next to nothing of another.
+constexpr int kRandomBlock = 32;
+constexpr int kCountersOfBlock = 2;
+// Halves is uint32_t, or a vector of 16-bit numbers.
+template <class Halves>
+FUSEDOPT_FN Halves bits_for_signed(Halves u) {
   return u;
 }
-template <class Words>
-FUSEDOPT_FN Words bits_for_unsigned(Words u) {
+template <class Halves>
+FUSEDOPT_FN Halves bits_for_unsigned(Halves u) {
   return (u >> 8) | (u << 8 & 0xff00);
 }
-template <class Words>
-FUSEDOPT_FN Words bits_for_parameter(Words u) {
-  return (((u >> 8) ^ u) << 8 & 0xff00) | (u >> 8);
+template <class Halves>
+FUSEDOPT_FN Halves bits_for_parameter(Halves u) {
+  return u ^ (u << 9 & 0xfe00);
 }

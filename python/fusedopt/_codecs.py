@@ -61,19 +61,24 @@ def rounding_key(seed: int, position: int) -> int:
 def random_bits(rounding: int, shape: torch.Size, first: int = 0) -> Tensor:
     """Return 16 random bits for each element of a parameter, or of the part from `first` on.
 
+    32 elements share 16 halves of words: the first 16 have them as they are, and the others with
+    their two bytes exchanged.
+
     Args:
         rounding: key and number of the draw, as the state has them: ``key * 2**32 + draw``.
         shape: of the part.
         first: elements of the whole parameter before it, in C order.
     """
-    element = torch.arange(first, first + math.prod(shape), dtype=torch.int64)
-    counter = torch.arange(first // 8, (first + math.prod(shape) + 7) // 8, dtype=torch.int64)
+    count = math.prod(shape)
+    block = torch.arange(first // 32, (first + count + 31) // 32, dtype=torch.int64)
+    counter = torch.stack([2 * block, 2 * block + 1], dim=-1)
     draw = torch.full_like(counter, rounding & _LOW)
-    words = philox(
-        (counter & _LOW, counter >> 32, draw, torch.zeros_like(draw)), (rounding >> 32, 0)
-    )
+    zero = torch.zeros_like(draw)
+    words = philox((counter & _LOW, counter >> 32, draw, zero), (rounding >> 32, 0))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.flatten()[element - first // 8 * 8].reshape(shape)
+    halves = halves.flatten(1)
+    both = torch.cat([halves, for_unsigned(halves)], dim=1).flatten()
+    return both[first % 32 : first % 32 + count].reshape(shape)
 
 
 def for_signed(u: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def for_unsigned(u: Tensor) -> Tensor:
 
 def for_parameter(u: Tensor) -> Tensor:
     """Return them in the order for parameters, whose upper byte depends on both."""
-    return (((u >> 8) ^ (u & 0xFF)) << 8) | (u >> 8)
+    return u ^ ((u << 9) & 0xFE00)
 
 
 # ---- 16-bit parameters ---------------------------------------------------------------------------
