@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "elements.h"
 #include "engine/run.h"
+#include "modes.h"
 #include "trial.h"
 
 #if defined(FUSEDOPT_WIDE)
@@ -224,6 +225,12 @@ void check_isa(const Kernels& kernels, const std::vector<Sums>& sums) {
       total = fnv1a(total, hash, 8);
     }
   }
+  const uint64_t modes = check_modes(kernels, [](uint64_t hash, const std::vector<char>& bytes) {
+    for (const char byte : bytes) hash = fnv1a(hash, static_cast<unsigned char>(byte), 1);
+    return hash;
+  });
+  std::printf("modes %016llx\n", static_cast<unsigned long long>(modes));
+  total = fnv1a(total, modes, 8);
   int turn = 0;
   for (const int threads : {1, 2, 3, 8}) check_jobs(all, wholes, threads, turn++);
   std::printf("total %016llx\n", static_cast<unsigned long long>(total));

@@ -16,7 +16,7 @@ using fusedopt::DType;
 
 constexpr const char* kDTypeNames[] = {"f32", "f64", "bf16", "f16"};
 inline const char* name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
-inline int64_t item_size(DType dtype) { return fusedopt::kItemSize[static_cast<int>(dtype)]; }
+using fusedopt::item_size;
 
 struct Format {
   int exponent_bits, fraction_bits;
