@@ -183,7 +183,8 @@ class Lookahead(Hooked):
         for p in params:
             slow = self.state.get(p, {}).get(SLOW)
             if slow is None:
-                fresh[p] = p.detach().clone()
+                fused = self.optimizer if isinstance(self.optimizer, Fused) else None
+                fresh[p] = fused._slow(p) if fused else p.detach().clone()
             elif slow.shape != p.shape:
                 raise ValueError(
                     f"{SLOW} of a parameter has shape {tuple(slow.shape)}, expected "
@@ -204,6 +205,14 @@ class Lookahead(Hooked):
 
     @torch.no_grad()
     def _move(self, params: list[Tensor]) -> None:
+        if isinstance(self.optimizer, Fused):
+            for p in filter(self.optimizer._has_master, params):
+                slow, new = self.reference(
+                    self.optimizer._master(p), self.state[p][SLOW], alpha=self.alpha
+                )
+                self.state[p][SLOW].copy_(slow)
+                self.optimizer._set_master(p, new)
+            params = [p for p in params if not self.optimizer._has_master(p)]
         rows: Sequence[Sequence[Tensor]] = [(p, p, self.state[p][SLOW]) for p in params]
         if not _operators.must_be_seen(params):
             threads = torch.get_num_threads()

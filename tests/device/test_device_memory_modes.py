@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,3 +86,17 @@ def test_masters_are_kept_and_the_random_bits_go_on() -> None:
     assert all(
         ((optimizer._master(p) - s).abs() > 1e-5).any() for p, s in zip(params, start, strict=True)
     )
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt.* has no kernel for:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lookahead_moves_masters_to_the_slow_weights(dtype: torch.dtype) -> None:
+    params = parameters(dtype, SHAPES)
+    options: dict[str, Any] = {"master_weights": True, "state_dtype": torch.float32}
+    optimizer = fusedopt.Lookahead(fusedopt.AdamW(params, **options), k=2)
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.step()
+    for p in params:
+        assert optimizer.state[p]["slow"].dtype == torch.float32
+        assert torch.equal(optimizer._master(p), optimizer.state[p]["slow"])
