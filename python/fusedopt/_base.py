@@ -17,7 +17,7 @@ from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
-from fusedopt._storage import SLOW, UNSIGNED, Stores
+from fusedopt._storage import SLOW, UNSIGNED
 
 SEE_FUSED = (  # in a class docstring
     "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
@@ -25,7 +25,7 @@ SEE_FUSED = (  # in a class docstring
 )
 
 
-class Fused(Clips, FallsBack, Stores, Hooked, FromTorch):
+class Fused(Clips, FallsBack, Hooked, FromTorch):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
@@ -49,7 +49,8 @@ class Fused(Clips, FallsBack, Stores, Hooked, FromTorch):
             and beside each float16 one its float32: the steps are those of float32 parameters.
         stochastic_rounding: round 16-bit parameters without masters up or down at random, as often
             as is fair, where to nearest an update of less than half a digit is lost.
-        seed: of all random bits, which are the same on every machine and split.
+        seed: of all random bits, which are the same on every machine, and for any number of ranks
+            that have rows of a DTensor each.
         **kwargs: the torch class's.
 
     Raises:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch.optim import Optimizer
 
 from fusedopt import clip
-from fusedopt._options import OPTIONS, HasOptions
-from fusedopt._storage import check_seed, check_state_dtype
+from fusedopt._options import OPTIONS
+from fusedopt._storage import Stores, check_seed, check_state_dtype
 
 T = TypeVar("T", bound="FromTorch")
 
@@ -22,7 +22,7 @@ def check_options(options: dict[str, Any]) -> None:
     check_seed(options.get("seed", 0))
 
 
-class FromTorch(HasOptions):
+class FromTorch(Stores):
     """`from_torch`, for `fusedopt._base.Fused`."""
 
     @classmethod
@@ -35,7 +35,8 @@ class FromTorch(HasOptions):
 
         Param groups, state and hooks are shared, not copied: schedulers that were made for the
         other one and handles of hooks keep working, until a checkpoint is loaded, which gives the
-        new one groups of its own; make schedulers anew then. Let the other one make no more steps.
+        new one groups of its own; make schedulers anew then. With a ``state_dtype``, the states
+        that are there are stored in it. Let the other one make no more steps.
 
         Args:
             optimizer: an optimizer of torch.
@@ -65,4 +66,5 @@ class FromTorch(HasOptions):
         new.__setstate__({**shared, "defaults": {**optimizer.defaults}})
         for name, value in options.items():
             setattr(new, name, value)
+        new._store_what_is_there()
         return new

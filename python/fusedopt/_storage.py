@@ -56,6 +56,8 @@ def check_seed(seed: object) -> None:
 class Stores(HasOptions):
     """The memory modes, for `fusedopt._base.Fused`."""
 
+    _made_by_zero: bool
+
     # ---- making states -----------------------------------------------------------------------
 
     def _stored_as(self, p: Tensor) -> torch.dtype | str:
@@ -201,6 +203,19 @@ class Stores(HasOptions):
 
     # ---- checkpoints -------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return a checkpoint as torch does; what 16-bit parameters lack of float32, as bytes.
+
+        So it can be gathered: no process group sends tensors of 16-bit integers.
+        """
+        if self._made_by_zero:  # which puts what it loads into the states as it is
+            return super().state_dict()
+        handle = self.register_state_dict_post_hook(_with_remainders_as_bytes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
     def torch_state_dict(self) -> dict[str, Any]:
         """Return `state_dict` in the form that the class of torch loads.
 
@@ -228,7 +243,8 @@ class Stores(HasOptions):
         master = REMAINDER if p.dtype == torch.bfloat16 else MASTER
         for key in (master if self._has_master(p) else None, ROUNDING):
             if key in saved:
-                state[key] = saved[key].to("cpu" if key == ROUNDING else p.device, copy=True)
+                value = _from_bytes(p, saved[key]) if key == REMAINDER else saved[key]
+                state[key] = value.to("cpu" if key == ROUNDING else p.device, copy=True)
         # In the order of _create_state, and of the very strings that the engine looks for.
         for key in sorted(state, key=_rank):
             state[sys.intern(key)] = state.pop(key)
@@ -253,6 +269,8 @@ class Stores(HasOptions):
         """Store the states that the constructor of torch's class has made."""
         if self.state_dtype is None:
             return
+        for p in self.state:
+            self._stored_as(p)  # or raise an error, before anything has changed
         for p, state in self.state.items():
             for name in [name for name, value in state.items() if _is_moment(name, value)]:
                 self._store(p, name, dict(state))
@@ -371,7 +389,8 @@ def _has_whole_rows(p: Any) -> bool:
     """Return whether a process has rows of dimension 0, and all of each."""
     if not _is_distributed(p):
         return True
-    return all(each.is_replicate() or each.is_shard(0) for each in p.placements)
+    # (The shards of FSDP2 within those of tensor parallelism are no is_shard(0).)
+    return all(getattr(each, "dim", 0) == 0 for each in p.placements)
 
 
 def _find_first_element(p: Any) -> int:
@@ -436,6 +455,28 @@ def _as_numbers(state: dict[str, Any]) -> dict[str, Any]:
         for key, value in state.items()
         if key not in (REMAINDER, MASTER, ROUNDING) and not key.endswith("_scale")
     }
+
+
+def _with_remainders_as_bytes(_: Any, whole: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint that has a last dimension of two bytes where the state has an int16."""
+    states = {
+        i: {**state, REMAINDER: _as_bytes(state[REMAINDER])} if REMAINDER in state else state
+        for i, state in whole["state"].items()
+    }
+    return {**whole, "state": states}
+
+
+def _as_bytes(remainder: Tensor) -> Tensor:
+    part = local(remainder).unsqueeze(-1).view(torch.uint8)
+    return as_part_of(remainder, part, (*remainder.shape, 2))
+
+
+def _from_bytes(p: Tensor, x: Tensor) -> Tensor:
+    """Return what `_as_bytes` was given, of which x may be a copy; and an int16 as it is."""
+    if x.dtype != torch.uint8:
+        return x
+    part = local(x).clone(memory_format=torch.contiguous_format).view(torch.int16)
+    return _as_laid_out(as_part_of(p, part.squeeze(-1)), p)
 
 
 def _as_laid_out(x: Tensor, p: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def fit(
     module: Any, *, dtype: torch.dtype = torch.float64, trainer: Any = Trainer, **args: Any
 ) -> Any:
     """Train a module for one epoch, and return it."""
-    ckpt_path = args.pop("ckpt_path", None)
+    how = {key: args.pop(key) for key in ("ckpt_path", "weights_only") if key in args}
     arguments = {
         "accelerator": "cpu",
         "devices": 1,
@@ -83,7 +83,7 @@ def fit(
         "enable_model_summary": False,
         **args,
     }
-    trainer(**arguments).fit(module, make_loader(BATCHES, dtype), ckpt_path=ckpt_path)
+    trainer(**arguments).fit(module, make_loader(BATCHES, dtype), **how)
     return module
 
 
