@@ -25,7 +25,7 @@ from fusedopt.bench.rows import MODELS, optimizers
 
 DOCS = Path(__file__).parent.parent / "docs"
 BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
-ONCE = ("overhead:", "training:", "scaling:")  # parts of which there is no second run
+ONCE = ("memory:", "overhead:", "training:", "scaling:")  # parts of which there is no second run
 
 # The rows of the page, on all threads and on one.
 PAGE = {
@@ -127,6 +127,7 @@ def merge(report: Report, found: Report) -> None:
     report.machine, report.missing = found.machine, found.missing
     replace(report.rows, found.rows, lambda row: row.row)
     replace(report.scaling, found.scaling, lambda row: row.row)
+    replace(report.memory, found.memory, lambda row: row.row)
     replace(report.overheads, found.overheads, lambda each: each.optimizer)
     replace(
         report.trainings,

@@ -109,7 +109,7 @@ def peers(report: Report) -> str:
     lines = [f"- {name} was missing: {reason}" for name, reason in report.missing.items()]
     for kind in ("failed", "wrong"):
         seen: dict[tuple[str, str], list[RowResult]] = {}
-        for row in report.rows:
+        for row in [*report.rows, *report.memory]:
             for timing in row.timings:
                 if reason := getattr(timing, kind):
                     seen.setdefault((timing.name, reason), []).append(row)
@@ -209,6 +209,18 @@ def scaling(report: Report) -> str:
     return table(["parameters", "AdamW", "each", "of limit", "torch fused"], lines)
 
 
+def memory(report: Report) -> str:
+    """What keeps less, with the bytes of each."""
+    lines = []
+    for row in report.memory:
+        for t in row.timings:
+            if not t.failed:
+                cells = [f"{t.bytes_a_parameter or 0:.2f}", f"{t.milliseconds:.1f} ms"]
+                cells += [f"{t.gigabytes_per_second:.1f}", f"{t.share_of_limit:.0%}"]
+                lines.append([t.name, *cells, ratio(row, t.name)])
+    return table(["", "bytes a parameter", "a step", "GB/s", "of limit", "to fusedopt"], lines)
+
+
 def again(report: Report) -> str:
     """How far the ratios of a second run are from those of the first."""
     return repeated(report, read(DOCS / "performance_again.json"))
@@ -266,7 +278,7 @@ def share(report: Report) -> str:
 
 BLOCKS: list[Callable[[Report], str]] = [
     *(machine, peers, float32, cold, clip, scaler, bfloat16, one_thread),
-    *(first_step, overhead, training, scaling, again, kept, kept_again, share),
+    *(first_step, overhead, training, scaling, memory, again, kept, kept_again, share),
 ]
 
 

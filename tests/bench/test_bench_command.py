@@ -22,6 +22,7 @@ def test_command(
 ) -> None:
     monkeypatch.setattr(rows, "quick_rows", lambda threads, device: [TINY])
     monkeypatch.setattr(rows, "scaling_rows", lambda *_: [TINY, TINY._replace(model="1 x 1M")])
+    monkeypatch.setattr(rows, "memory_rows", lambda *_, quick: [TINY])
     missing = who.library("nobody", {"AdamW": ("fusedopt_has_no_such_peer.AdamW", {})})
     monkeypatch.setattr(run, "contestants", lambda *_: [*TORCH, missing])
     monkeypatch.setattr(run, "TENSORS", 8)
@@ -30,8 +31,10 @@ def test_command(
     shown = capsys.readouterr().out
     assert "nobody is missing: ModuleNotFoundError" in shown
     assert "3 x 16, AdamW, 1 thread: 0.001344 MB a step" in shown
+    assert "Memory modes, 3 x 16, AdamW, 1 thread: at most" in shown
     report = read(found)
-    assert [len(part) for part in (report.rows, report.scaling, report.overheads)] == [1, 2, 1]
+    parts = report.rows, report.scaling, report.overheads, report.memory
+    assert [len(part) for part in parts] == [1, 2, 1, 1]
     assert report.missing == {"nobody": missing.missing}
     for path in (drawn, tmp_path / "drawn_scaling.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -54,6 +54,7 @@ def test_json_returns_what_was_found(tmp_path: Path) -> None:
     report = Report(machine("cpu"), {"nobody": "not installed"})
     report.rows.append(tiny_result())
     report.scaling.append(tiny_result())
+    report.memory.append(tiny_result())
     report.overheads.append(overhead(TINY, TORCH, tensors=5, repeats=2))
     path = tmp_path / "report.json"
     report.write(path)

@@ -57,6 +57,12 @@ def test_rows_name_what_differs() -> None:
     assert "ResNet-50, AdamW, clip, bfloat16, 2 threads" in main
 
 
+def test_memory_modes_are_measured_on_a_model_with_matrices() -> None:
+    for quick, model in ((True, "ResNet-50"), (False, "GPT-2 124M")):
+        (row,) = rows.memory_rows(2, "cpu", quick=quick)
+        assert (row.model, row.threads, str(row)) == (model, 2, f"{model}, AdamW, 2 threads")
+
+
 @pytest.mark.parametrize(
     ("optimizer", "mode", "each"),
     [("AdamW", "plain", 28), ("AdamW", "clip", 32), ("SGD", "plain", 20), ("Lion", "clip", 24)],

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt.bench import modes
+from fusedopt.bench import modes, oracle
 from fusedopt.bench.modes import Step
 from fusedopt.bench.rows import Row
+
+Build = Callable[[Row, list[Tensor]], Step]
 
 # torch.compile takes about half a second a tensor.
 MOST_COMPILED_TENSORS = 200
@@ -33,18 +35,25 @@ class Contestant(NamedTuple):
     name: str
     enters: Callable[[Row], bool]
     """Whether it claims to do this row: what it lacks by design is no failure."""
-    build: Callable[[Row, list[Tensor]], Step]
+    build: Build
     """Return the step, in the row's mode; raises where the contestant cannot do it."""
     missing: str = ""
     """Why it cannot be tried at all."""
     compiles: bool = False
     """Whether the step is compiled when it is first taken."""
+    dtype: torch.dtype | None = None
+    """Of its parameters, where that is not the row's."""
+    check: Callable[[Build, Row], str] = oracle.mistake
+    """Return how its numbers are wrong, or nothing."""
+    counted: bool = False
+    """Whether it needs other bytes than the row: its own are counted then."""
 
 
 # ---- fusedopt ------------------------------------------------------------------------------------
 
 
-def _fusedopt(row: Row, params: list[Tensor]) -> Step:
+def fusedopt_way(row: Row, params: list[Tensor]) -> Step:
+    """Return the step of the row's optimizer here."""
     return modes.fusedopt_step(getattr(fusedopt, row.optimizer), row, params)
 
 
@@ -55,11 +64,14 @@ def _fusedopt_torch_scaler(row: Row, params: list[Tensor]) -> Step:
 # ---- torch ---------------------------------------------------------------------------------------
 
 
-def _in_torch(row: Row) -> bool:
+def in_torch(row: Row) -> bool:
+    """Return whether torch has the row's optimizer."""
     return hasattr(torch.optim, row.optimizer)
 
 
-def _torch(**flags: bool) -> Callable[[Row, list[Tensor]], Step]:
+def torch_way(**flags: bool) -> Build:
+    """Return how the row's optimizer is built from torch's own class."""
+
     def build(row: Row, params: list[Tensor]) -> Step:
         cls = getattr(torch.optim, row.optimizer)
         return modes.torch_step(cls(params, **row.arguments, **flags), row, params)
@@ -75,13 +87,17 @@ def _trick(row: Row, params: list[Tensor]) -> Step:
 def _compiled(row: Row, params: list[Tensor]) -> Step:
     if len(row.shapes) > MOST_COMPILED_TENSORS:
         raise NotImplementedError(f"compiling {len(row.shapes)} tensors takes many minutes")
+    forget_compiled()
+    return torch.compile(torch_way(foreach=True)(row, params))
+
+
+def forget_compiled() -> None:
+    """Let the next step that is compiled take as long as the first one."""
     torch._dynamo.reset()  # or it gives up on compiling one more step
     # With a cache from earlier, it would not compile.
     cache = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    step = _torch(foreach=True)(row, params)
-    return torch.compile(step)
 
 
 # ---- libraries -----------------------------------------------------------------------------------
@@ -155,18 +171,18 @@ def library(name: str, classes: Classes) -> Contestant:
 OURS = "fusedopt"
 
 _ALWAYS = [
-    Contestant(OURS, lambda row: True, _fusedopt),
+    Contestant(OURS, lambda row: True, fusedopt_way),
     Contestant("fusedopt + torch scaler", lambda row: row.mode == "scaler", _fusedopt_torch_scaler),
-    Contestant("torch fused", _in_torch, _torch(fused=True)),
+    Contestant("torch fused", in_torch, torch_way(fused=True)),
     Contestant(
-        "torch fused + grad_scale", lambda row: _in_torch(row) and row.mode == "clip", _trick
+        "torch fused + grad_scale", lambda row: in_torch(row) and row.mode == "clip", _trick
     ),
-    Contestant("torch foreach", _in_torch, _torch(foreach=True)),
-    Contestant("torch loop", _in_torch, _torch(foreach=False)),
+    Contestant("torch foreach", in_torch, torch_way(foreach=True)),
+    Contestant("torch loop", in_torch, torch_way(foreach=False)),
     # The step alone: each row costs a minute of compilation.
     Contestant(
         "torch.compile",
-        lambda row: _in_torch(row) and row.mode == "plain",
+        lambda row: in_torch(row) and row.mode == "plain",
         _compiled,
         compiles=True,
     ),
@@ -178,6 +194,7 @@ _LIBRARIES = {
     "bitsandbytes": _BITSANDBYTES,
     "pytorch-optimizer": _PYTORCH_OPTIMIZER,
 }
+_SLOW = ("torch.compile", "DeepSpeed", *("bitsandbytes 8", "pytorch-optimizer Flash", "torchao"))
 
 
 def contestants(peers: str = "", quick: bool = False) -> list[Contestant]:
@@ -185,20 +202,20 @@ def contestants(peers: str = "", quick: bool = False) -> list[Contestant]:
 
     Args:
         peers: parts of names, with commas between them: only these peers; empty for all.
-        quick: leave out those that compile first, unless they are asked for.
+        quick: leave out those that compile first or take seconds, unless they are asked for.
     """
-    wanted = [part.strip().lower() for part in peers.split(",") if part.strip()]
-
-    def take(name: str) -> bool:
-        return not wanted or name.startswith(OURS) or any(part in name.lower() for part in wanted)
-
-    def left_out(name: str) -> bool:
-        return quick and not wanted and name in ("torch.compile", "DeepSpeed")
-
-    chosen = [each for each in _ALWAYS if take(each.name) and not left_out(each.name)]
+    chosen = [each for each in _ALWAYS if is_wanted(each.name, peers, quick)]
     chosen += [
         library(name, classes)
         for name, classes in _LIBRARIES.items()
-        if take(name) and not left_out(name)
+        if is_wanted(name, peers, quick)
     ]
     return chosen
+
+
+def is_wanted(name: str, peers: str, quick: bool) -> bool:
+    """Return whether somebody takes part: the arguments are those of `contestants`."""
+    parts = [part.strip().lower() for part in peers.split(",") if part.strip()]
+    if parts:
+        return name.startswith(OURS) or any(part in name.lower() for part in parts)
+    return not quick or not name.startswith(_SLOW)

@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from fusedopt._engine import engine
-from fusedopt.bench import oracle
+from fusedopt.bench import modes
 from fusedopt.bench.contestants import OURS, Contestant, quiet
 from fusedopt.bench.modes import Step
 from fusedopt.bench.results import RowResult, Timing
@@ -102,14 +102,17 @@ def _enter(
     steps: dict[str, Step],
 ) -> None:
     """Check the numbers of a contestant, let it touch all its pages, and add it to `steps`."""
-    timing.wrong = oracle.mistake(contestant.build, row)
     _require_memory(row)
+    row = row._replace(dtype=contestant.dtype or row.dtype)
+    timing.wrong = contestant.check(contestant.build, row)
     params = parameters(row)
     start = time.perf_counter()
     step = contestant.build(row, params)
     step()
     _synchronize(row.device)
     timing.first_step_seconds = time.perf_counter() - start
+    if contestant.counted:
+        timing.bytes_a_parameter = modes.bytes_moved(modes.optimizer_of(step)) / row.numel
     if contestant.compiles:  # the second step, too, where it is the first to find states
         second, steady = (_seconds(step, row.device) for _ in range(2))
         timing.compile_seconds = timing.first_step_seconds + second - 2 * steady
@@ -192,7 +195,9 @@ def _fill(timing: Timing, turns_taken: list[Turn], row: Row, limit: float) -> No
     if len(turns_taken[0]) > 1:
         timing.cold_milliseconds = _median_of(turns_taken, 0) * 1e3
     timing.spread = spread([turn[-1] for turn in turns_taken])
-    timing.gigabytes_per_second = row.bytes / median / 1e9
+    counted = timing.bytes_a_parameter
+    moved = row.bytes if counted is None else counted * row.numel
+    timing.gigabytes_per_second = moved / median / 1e9
     timing.share_of_limit = timing.gigabytes_per_second / limit
     timing.samples = len(turns_taken)
 

@@ -20,6 +20,28 @@ from fusedopt.bench.rows import MAX_NORM, Row
 Step = Callable[[], object]
 
 
+def optimizer_of(step: Step) -> Optimizer:
+    """Return whose `step` a plain step is."""
+    optimizer: Optimizer = step.__self__  # type: ignore[attr-defined]
+    return optimizer
+
+
+def bytes_moved(optimizer: Optimizer) -> int:
+    """Return what a plain step has to move: all that is kept both ways, and gradients once."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [*params, *(x for p in params for x in optimizer.state[p].values())]
+    tensors = {id(x): x for x in kept if isinstance(x, Tensor)}  # a table may be of all parameters
+    gradients = [p.grad for p in params if p.grad is not None]
+    return 2 * sum(map(_size, tensors.values())) + sum(map(_size, gradients))
+
+
+def _size(x: Any) -> int:
+    """Return the bytes of a tensor, or of those that a tensor of another class is made of."""
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(_size(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return int(x.numel() * x.element_size())
+
+
 def torch_step(optimizer: Optimizer, row: Row, params: list[Tensor]) -> Step:
     """Return a step as torch's users write it, with any optimizer."""
     if row.mode == "plain":

@@ -30,7 +30,11 @@ class Timing:
     spread: float = 0.0
     """The interquartile range, as a share of the median."""
     gigabytes_per_second: float = 0.0
-    """The bytes that the row needs to move, over the time: comparable between contestants."""
+    """The bytes that the row needs to move, over the time: comparable between contestants. Where
+    those of each are counted, they are its own."""
+    bytes_a_parameter: float | None = None
+    """What its own tensors make it move: those it keeps both ways, gradients once; None where the
+    row says it."""
     share_of_limit: float = 0.0
     """The same over the bandwidth that was measured in between."""
     ratio: float | None = None
@@ -112,6 +116,7 @@ class Report:
     overheads: list[Overhead] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     scaling: list[RowResult] = field(default_factory=list)
+    memory: list[RowResult] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write JSON."""
@@ -128,7 +133,7 @@ def read(path: Path) -> Report:
     def rows(key: str) -> list[RowResult]:
         return [
             RowResult(**{**row, "timings": [Timing(**timing) for timing in row["timings"]]})
-            for row in data[key]
+            for row in data.get(key, [])
         ]
 
     return Report(
@@ -138,6 +143,7 @@ def read(path: Path) -> Report:
         overheads=[Overhead(**overhead) for overhead in data["overheads"]],
         trainings=[Training(**training) for training in data["trainings"]],
         scaling=rows("scaling"),
+        memory=rows("memory"),
     )
 
 

@@ -201,6 +201,11 @@ def quick_rows(threads: int, device: str) -> Iterator[Row]:
     yield Row("1000 x 1K", "AdamW", "clip", threads=threads, device=device)
 
 
+def memory_rows(threads: int, device: str, *, quick: bool) -> Iterator[Row]:
+    """Yield steps for those that keep parameters and states in ways of their own."""
+    yield Row("ResNet-50" if quick else "GPT-2 124M", "AdamW", threads=threads, device=device)
+
+
 def scaling_rows(threads: int, device: str) -> Iterator[Row]:
     """Yield steps of AdamW on one tensor, from 1M to 400M parameters."""
     for millions in (1, 2, 5, 10, 20, 50, 100, 200, 400):

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fusedopt.bench import memory, table
 from fusedopt.bench import rows as all_about_rows
-from fusedopt.bench import table
 from fusedopt.bench.contestants import Contestant, contestants
 from fusedopt.bench.measure import measure
 from fusedopt.bench.overhead import TENSORS, overhead
@@ -40,8 +40,9 @@ def run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     report = Report(machine(options.device))
-    report.missing = {each.name: each.missing for each in entrants if each.missing}
-    jobs = _chosen(plan(options, entrants), options.rows)
+    savers = memory.contestants(options.peers, options.quick)
+    report.missing = {each.name: each.missing for each in [*entrants, *savers] if each.missing}
+    jobs = _chosen(plan(options, entrants, savers), options.rows)
     if options.list:
         for job in jobs:
             console.print(job.name, highlight=False)
@@ -96,7 +97,9 @@ def _chosen(jobs: list[Job], wanted: list[str]) -> list[Job]:
     return [job for job in jobs if not texts or any(chooses(t, job.name.lower()) for t in texts)]
 
 
-def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
+def plan(
+    options: argparse.Namespace, entrants: list[Contestant], savers: list[Contestant]
+) -> list[Job]:
     """Return all parts of a run, before --rows chooses among them."""
     threads = options.threads or torch.get_num_threads()
     choose = all_about_rows.main_rows
@@ -111,6 +114,8 @@ def plan(options: argparse.Namespace, entrants: list[Contestant]) -> list[Job]:
     ]
     budget = 0.8 if options.quick else 10.0
     jobs = [_row_job(row, entrants, options.repeats, budget) for row in chosen]
+    modes = all_about_rows.memory_rows(threads, options.device, quick=options.quick)
+    jobs += [_row_job(row, savers, options.repeats, budget, "memory") for row in modes]
     tiny = Row(f"{TENSORS} x 16", "AdamW", threads=threads, device=options.device)
     jobs.append(_overhead_job(tiny, entrants, options.repeats or (10 if options.quick else 0)))
     if not options.quick:

@@ -30,7 +30,10 @@ def _notes(failed: dict[str, str]) -> list[Text]:
 
 def row_table(result: RowResult) -> Group:
     """Return one row of the benchmark as a table of its contestants."""
-    title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
+    if any(timing.bytes_a_parameter is not None for timing in result.timings):
+        title = f"Memory modes, {result.row}: "
+    else:
+        title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
     title += f"at most {result.limit_gigabytes_per_second:.1f} GB/s"
     cells = {timing.name: _cells(timing) for timing in result.timings if not timing.failed}
     some = next(iter(cells.values()), {})
@@ -56,7 +59,9 @@ def _milliseconds(time: float | None) -> str:
 
 def _cells(timing: Timing) -> dict[str, str]:
     compiling = timing.compile_seconds
+    counted = timing.bytes_a_parameter
     return {
+        "bytes": "" if counted is None else f"{counted:.2f}",
         "median": _milliseconds(timing.milliseconds),
         "spread": f"{timing.spread:.0%}",
         "GB/s": f"{timing.gigabytes_per_second:.1f}",
