@@ -23,9 +23,11 @@ help:
 demo: .venv/installed
 	$(RUN)/python examples/train_gpt.py $(ARGS)
 
-## make docs           the pictures and measured tables of docs/choosing.md
+## make docs           the pictures and measured tables of docs/choosing.md and docs/memory.md
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
+	$(RUN)/python -m tools.memory_quality
+	$(RUN)/python -m tools.memory_page --write
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed

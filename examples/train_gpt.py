@@ -9,8 +9,13 @@ losses, both gradient norms and the time of clipping and stepping side by side, 
 model write a few lines, and draws a picture. If the held-out losses differ by more than
 rounding, it exits with an error.
 
+With `--memory MODE`, torch still trains in float32, and fusedopt in one of the memory modes
+(docs/memory.md): fewer bytes a weight, and a training of its own, whose loss is printed
+beside torch's.
+
     python examples/train_gpt.py                      # AdamW
     python examples/train_gpt.py --optimizer Lion     # or SGD, Adam, RMSprop
+    python examples/train_gpt.py --memory exact-mxfp8 # a bfloat16 model, exact masters
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
@@ -40,6 +46,7 @@ BATCH = 8
 CLIP = 1.0  # gradient norm
 MAX_BYTES = 4_000_000
 TOLERANCE = 1e-3  # how far apart rounding may carry the two held-out losses
+OTHER_TRAINING = 0.1  # the same where a memory mode rounds weights or moments otherwise
 
 # Starting values. Lion moves every weight by the whole learning rate at every step, so it
 # gets a fraction of AdamW's, and a multiple of its decay, which acts through that rate.
@@ -52,6 +59,50 @@ RECIPES: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
     "RMSprop": {"lr": 1e-3, "alpha": 0.99, "weight_decay": 1e-5},
     "Lion": {"lr": 3e-4, "betas": (0.9, 0.99), "weight_decay": 1.0},
+}
+
+
+class Memory(NamedTuple):
+    """A memory mode: how the model is stored, and what the optimizer keeps beside it."""
+
+    dtype: torch.dtype
+    options: dict[str, Any]
+    kept: str
+
+
+MEMORY = {
+    "float32": Memory(torch.float32, {}, "float32 weights and moments"),
+    "float32-mxfp8": Memory(
+        torch.float32, {"state_dtype": "mxfp8"}, "float32 weights, 8-bit moments"
+    ),
+    "bfloat16": Memory(
+        torch.bfloat16, {}, "bfloat16 weights and moments, and no mode: what others avoid"
+    ),
+    "exact": Memory(
+        torch.bfloat16,
+        {"master_weights": True, "state_dtype": torch.float32},
+        "bfloat16 weights, the 16 bits that they lack of float32, float32 moments",
+    ),
+    "exact-bfloat16": Memory(
+        torch.bfloat16,
+        {"master_weights": True},
+        "bfloat16 weights, the 16 bits that they lack of float32, bfloat16 moments",
+    ),
+    "exact-mxfp8": Memory(
+        torch.bfloat16,
+        {"master_weights": True, "state_dtype": "mxfp8"},
+        "bfloat16 weights, the 16 bits that they lack of float32, 8-bit moments",
+    ),
+    "random": Memory(
+        torch.bfloat16,
+        {"stochastic_rounding": True},
+        "bfloat16 weights, rounded up or down at random, bfloat16 moments",
+    ),
+    "random-mxfp8": Memory(
+        torch.bfloat16,
+        {"stochastic_rounding": True, "state_dtype": "mxfp8"},
+        "bfloat16 weights, rounded up or down at random, 8-bit moments",
+    ),
 }
 
 Bytes = npt.NDArray[np.uint8]
@@ -75,9 +126,11 @@ def load_text() -> tuple[Bytes, Bytes]:
     return train, held_out
 
 
-def windows(text: Bytes, starts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def windows(
+    text: Bytes, starts: npt.NDArray[np.int64], context: int = CONTEXT
+) -> tuple[Tensor, Tensor]:
     """The stretches of text at `starts`, and the byte that follows each of their bytes."""
-    both = torch.from_numpy(text[starts[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
+    both = torch.from_numpy(text[starts[:, None] + np.arange(context + 1)].astype(np.int64))
     return both[:, :-1], both[:, 1:]
 
 
@@ -87,44 +140,54 @@ def windows(text: Bytes, starts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]
 class Block(nn.Module):
     """Causal self-attention, then a two-layer perceptron, each added to its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         # No bias here: softmax cancels a key's bias, so its gradient is nothing but
         # rounding, which Adam and its kin would scale up to steps of full size.
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, WIDTH // HEADS)
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, HEADS, width // HEADS)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each: batch, head, position, feature
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, length, WIDTH))
+        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
         hidden: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
         return x + hidden
 
 
 class GPT(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, layers: int = LAYERS) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.token, self.position = nn.Embedding(VOCAB, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:  # as in GPT-2, what is added to the residual stream starts smaller
                 added = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.06 / (2 * LAYERS if added else 1) ** 0.5)
+                nn.init.normal_(p, std=0.06 / (2 * layers if added else 1) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Products in float32, however the weights are stored.
+
+        So nothing but the optimizer differs between memory modes; and many processors have
+        no fast products of bfloat16.
+        """
+        weights = {name: p.float() for name, p in self.named_parameters()}
+        logits: Tensor = functional_call(self, weights, (tokens,))
+        return logits
+
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.logits(inputs).flatten(0, 1), targets.flatten())
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
@@ -179,6 +242,24 @@ def torch_side(name: str, groups: list[dict[str, Any]]) -> tuple[torch.optim.Opt
     return cls(groups, **RECIPES[name], fused=True), f"torch {name}, fused=True"
 
 
+def fused_side(name: str, model: GPT, start: GPT, memory: Memory, seed: int) -> Any:
+    """Ours, of `model`; its masters, if it keeps them, are the weights of `start`."""
+    groups = parameter_groups(model, RECIPES[name]["weight_decay"])
+    cls: Any = getattr(fusedopt, name)
+    optimizer: Any = cls(groups, **RECIPES[name], **memory.options, max_grad_norm=CLIP, seed=seed)
+    if optimizer.master_weights:
+        optimizer.load_master_state_dict(model, start.state_dict())
+    return optimizer
+
+
+def kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of weights, gradients and states for each weight."""
+    tensors = [x for p in model.parameters() for x in (p, p.grad) if x is not None]
+    for state in optimizer.state.values():
+        tensors += [x for x in state.values() if isinstance(x, Tensor)]
+    return sum(x.nbytes for x in tensors) / sum(p.numel() for p in model.parameters())
+
+
 # --- Training --------------------------------------------------------------------------
 
 
@@ -231,7 +312,7 @@ def generate(model: GPT, prompt: str, length: int, seed: int) -> str:
     random = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
     for _ in range(length):
-        odds = torch.softmax(model(tokens[:, -CONTEXT:])[:, -1] / 0.8, dim=-1)
+        odds = torch.softmax(model.logits(tokens[:, -CONTEXT:])[:, -1] / 0.8, dim=-1)
         tokens = torch.cat([tokens, torch.multinomial(odds, 1, generator=random)], dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
@@ -249,6 +330,7 @@ def print_table(a: Contestant, b: Contestant) -> None:
     row("loss, mean of last 10 steps", *(f"{statistics.fmean(c.losses[-10:]):.5f}" for c in both))
     row("held-out loss", *(f"{c.held_out[-1]:.5f}" for c in both))
     row("gradient norm, median", *(f"{statistics.median(c.norms):.5f}" for c in both))
+    row("bytes kept a weight", *(f"{kept(c.model, c.optimizer):.2f}" for c in both))
     row("clip and step, first", *(f"{c.step_ms[0]:.2f} ms" for c in both))
     row("clip and step, median", *(f"{statistics.median(c.step_ms):.2f} ms" for c in both))
     row("clip and step, total", *(f"{sum(c.step_ms) / 1e3:.2f} s" for c in both))
@@ -282,6 +364,7 @@ def draw(a: Contestant, b: Contestant, tested: list[int], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--optimizer", choices=RECIPES, default="AdamW")
+    parser.add_argument("--memory", choices=MEMORY, default="float32")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads for torch (default: its own choice)")
@@ -297,13 +380,13 @@ def main() -> None:
     print(f"text: {len(train_text):,} bytes to train on, {len(held_text):,} held out")
 
     torch.manual_seed(args.seed)
-    model, twin = (first := GPT()), copy.deepcopy(first)
+    memory = MEMORY[args.memory]
+    model, twin = (first := GPT()), copy.deepcopy(first).to(memory.dtype)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} weights")
+    print(f"memory: fusedopt keeps {memory.kept} (torch: {MEMORY['float32'].kept})")
     recipe = RECIPES[args.optimizer]
     theirs, label = torch_side(args.optimizer, parameter_groups(model, recipe["weight_decay"]))
-    ours = getattr(fusedopt, args.optimizer)(
-        parameter_groups(twin, recipe["weight_decay"]), **recipe, max_grad_norm=CLIP
-    )
+    ours = fused_side(args.optimizer, twin, first, memory, args.seed)
     a = Contestant(label, model, theirs, schedule_for(theirs, args.steps))
     b = Contestant(f"fusedopt {args.optimizer}", twin, ours, schedule_for(ours, args.steps))
 
@@ -330,9 +413,10 @@ def main() -> None:
 
     draw(a, b, tested, args.out)
     print(f"picture: {args.out}")
-    if not held_delta <= TOLERANCE:  # so put, a loss that is not a number fails too
+    tolerance = TOLERANCE if args.memory == "float32" else OTHER_TRAINING
+    if not held_delta <= tolerance:  # so put, a loss that is not a number fails too
         raise SystemExit(
-            f"error: the held-out losses differ by {held_delta:.1e}, more than {TOLERANCE:.0e}: "
+            f"error: the held-out losses differ by {held_delta:.1e}, more than {tolerance:.0e}: "
             f"{b.label} did not follow {a.label}"
         )
     print(f"\n--- written by the model that {b.label} trained ---")

@@ -14,6 +14,7 @@ from examples.train_digits import RECIPES
 DOCS = Path(__file__).parent.parent / "docs"
 GUIDE = (DOCS / "choosing.md").read_text()
 README = (DOCS.parent / "README.md").read_text()
+MEMORY = (DOCS / "memory.md").read_text()
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
@@ -26,9 +27,22 @@ def test_the_snippets_of_the_guide_run_in_order() -> None:
         exec(compile(code, "docs/choosing.md", "exec"), namespace)
 
 
-def test_the_snippets_of_the_readme_run_in_order() -> None:
+def test_the_snippets_on_memory_run_in_order() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", MEMORY, re.DOTALL)
+    assert len(snippets) == MEMORY.count("```python")
+    namespace: dict[str, Any] = {}
+    for code in snippets:
+        exec(compile(code, "docs/memory.md", "exec"), namespace)
+
+
+def test_the_snippets_of_the_readme_run_in_order(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 1)
-    namespace: dict[str, Any] = {"model": model, "loss_of": lambda m: m(torch.ones(2, 3)).sum()}
+
+    def loss_of(model: torch.nn.Module) -> torch.Tensor:
+        loss: torch.Tensor = model(torch.ones(2, 3, dtype=next(model.parameters()).dtype)).sum()
+        return loss
+
+    namespace: dict[str, Any] = {"model": model, "loss_of": loss_of, "path": tmp_path / "model.pt"}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), namespace)
 
