@@ -203,3 +203,14 @@ def test_a_name_of_torch_takes_a_mode(mode: str) -> None:
     for each, its in ((model, optimizer), (other, expected)):
         train_on_numbers(each, its, range(3))
     assert_same(numbers(model, optimizer), numbers(other, expected))
+
+
+def test_a_wrong_answer_for_a_state_changes_none() -> None:
+    model = Model(UNEVEN)
+    torchs = torch.optim.AdamW(model.parameters())
+    train_on_numbers(model, torchs, range(1))
+    with pytest.raises(ValueError, match="answer of state_dtype"):
+        fusedopt.AdamW.from_torch(
+            torchs, state_dtype=lambda p: "mxfp8" if p.ndim > 1 else torch.int8
+        )
+    assert {state["exp_avg"].dtype for state in torchs.state.values()} == {torch.bfloat16}
