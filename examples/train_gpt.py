@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import sysconfig
 import time
@@ -111,6 +112,7 @@ Bytes = npt.NDArray[np.uint8]
 # --- The text --------------------------------------------------------------------------
 
 
+@functools.cache
 def load_text() -> tuple[Bytes, Bytes]:
     """Training and held-out text: every 20th file of the standard library is held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
