@@ -49,7 +49,7 @@ class Group {
   const py::object lr = get<py::object>("lr");  // a number, or a tensor on the parameters' device
   const py::object create_state = get<py::object>("create_state");
   const py::object move_count = get<py::object>("move_count");
-  const std::vector<bool> has_no_sign = get<std::vector<bool>>("unsigned");  // of the rule's states
+  const py::tuple has_no_sign = get<py::tuple>("unsigned");  // each of the rule's states, or not
   const bool has_master = get<bool>("has_master");  // 16-bit parameters have a second array,
   const bool rounds_at_random = get<bool>("rounds_at_random");  // or else are rounded at random
   const bool may_be_coded = get<bool>("may_be_coded");          // states may be in 8 bits

@@ -27,6 +27,9 @@ static bool has_master(const Group& group, const View& param) {
 static bool rounds_at_random(const Group& group, const View& param) {
   return group.rounds_at_random && is_half(param.dtype) && !group.has_master;
 }
+static bool has_no_sign(const Group& group, size_t s) {
+  return PyTuple_GET_ITEM(group.has_no_sign.ptr(), static_cast<Py_ssize_t>(s)) == Py_True;
+}
 static void set_random(View* param) {
   param->dtype = param->dtype == DType::bf16 ? DType::bf16_random : DType::f16_random;
 }
@@ -73,11 +76,12 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
     if (!state.data && state.numel != 0) continue;  // it is missing itself
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;
-    join(
-        scale_key(group.states[s]),
-        "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
-            std::to_string(rows_of(plain).blocks()) + ") on cpu",
-        [&](const View& scale) { return join_scales(group.has_no_sign[s], scale, plain, &state); });
+    join(scale_key(group.states[s]),
+         "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
+             std::to_string(rows_of(plain).blocks()) + ") on cpu",
+         [&](const View& scale) {
+           return join_scales(has_no_sign(group, s), scale, plain, &state);
+         });
   }
   if (!takes_bits) return;
   PyObject* const rounding = found(part_keys().rounding);
@@ -130,7 +134,7 @@ bool ParamReader::read_usual_parts(Entry* entry, View* views) const {
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;
     if (!read(static_cast<int>(kFirstState + s), &second) ||
-        !join_scales(group.has_no_sign[s], second, plain, &state)) {
+        !join_scales(has_no_sign(group, s), second, plain, &state)) {
       return false;
     }
   }

@@ -17,7 +17,7 @@ from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
-from fusedopt._storage import SLOW, UNSIGNED
+from fusedopt._storage import SLOW, have_no_sign
 
 SEE_FUSED = (  # in a class docstring
     "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
@@ -260,6 +260,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def _engine_group(self, group: dict[str, Any]) -> Group:
         self._refuse_options_in(group)
         rule = self._rule(group)
+        modes = self._modes()
         lr = group["lr"]
         if (
             isinstance(lr, Tensor)
@@ -272,7 +273,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         return Group(
             params=group["params"],
             names=group.get("param_names"),
-            has_kernel=not group.get("differentiable") and not self._is_left_to_torch(group),
+            has_kernel=not (group.get("differentiable") or self._is_left_to_torch(group, modes)),
             rule=rule.name,
             flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
             states=rule.states + ((SLOW,) if self._lookahead else ()),
@@ -286,10 +287,10 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             fold=lambda t: self._scalars(group, t),
             create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),
             move_count=self._move_count,
-            unsigned=tuple(name in UNSIGNED for name in rule.states),
-            has_master=self.master_weights,
-            rounds_at_random=self.stochastic_rounding,
-            may_be_coded=self._may_be_coded(),
+            unsigned=have_no_sign(rule.states),
+            has_master=modes[0],
+            rounds_at_random=modes[1],
+            may_be_coded=modes[2],
             first_element=self._first_element,
         )
 

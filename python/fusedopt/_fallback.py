@@ -31,9 +31,9 @@ class FallsBack(Stores):
     _lookahead: Follower | None = None  # during a step that one makes
     _without_kernel = "torch's own implementation"  # what makes a step then
 
-    def _is_left_to_torch(self, group: dict[str, Any]) -> bool:
-        """Return whether a device's kernels lack a memory mode."""
-        return self._is_in_modes() and _engine.on_device(next(iter(group["params"]), None))
+    def _is_left_to_torch(self, group: dict[str, Any], modes: tuple[bool, ...]) -> bool:
+        """Return whether a device's kernels lack one of these memory modes."""
+        return any(modes) and _engine.on_device(next(iter(group["params"]), None))
 
     def _fall_back(
         self,
@@ -51,7 +51,7 @@ class FallsBack(Stores):
         followed = self._lookahead.following(params) if self._lookahead else nullcontext()
         if warns:
             for index, p in unsupported:
-                self._warn_of_fallback(_cause(all_groups[index], p, self._is_in_modes()))
+                self._warn_of_fallback(_cause(all_groups[index], p, any(self._modes())))
         with _scaled_gradients(params, factor), followed, self._as_floats(unsupported) as pairs:
             by_group: dict[int, list[Tensor]] = {}
             # Sparse gradients first: a torch class that refuses them then does so before any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 # States that have no sign.
 UNSIGNED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+
+
+@cache
+def have_no_sign(states: tuple[str, ...]) -> tuple[bool, ...]:
+    """Return which of these states have no sign."""
+    return tuple(state in UNSIGNED for state in states)
 
 
 def scale_key(state: str) -> str:
@@ -79,11 +86,15 @@ class Stores(HasOptions):
             )
         return p.dtype if answer is None else answer
 
-    def _may_be_coded(self) -> bool:
-        return self.state_dtype == MXFP8 or callable(self.state_dtype)
-
-    def _is_in_modes(self) -> bool:
-        return self.master_weights or self.stochastic_rounding or self._may_be_coded()
+    def _modes(self) -> tuple[bool, bool, bool]:
+        """Return master_weights, stochastic_rounding, and whether states may be in 8 bits."""
+        given = self.defaults  # where the options are; once a step, and found faster so
+        stored = given.get("state_dtype")
+        return (
+            bool(given.get("master_weights")),
+            bool(given.get("stochastic_rounding")),
+            stored == MXFP8 or callable(stored),
+        )
 
     def _has_master(self, p: Tensor) -> bool:
         return self.master_weights and p.dtype in _HALVES

@@ -26,7 +26,7 @@ def test_a_first_step_is_torchs_and_then_stored(
 ) -> None:
     params, theirs = parameters(dtype, SHAPES), parameters(torch.float32, SHAPES)
     optimizer = config.cls(params, **config.kwargs, **MODES[mode])
-    if not optimizer._is_in_modes():
+    if not any(optimizer._modes()):
         pytest.skip("a device's kernels have this mode")
     torchs = config.torch_cls(theirs, **config.kwargs)
     set_gradients(params, 0)
