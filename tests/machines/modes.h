@@ -72,19 +72,23 @@ class ModeTrial {
   // All bytes, of each NaN the same.
   std::vector<std::vector<char>> all() const {
     std::vector<std::vector<char>> all = arrays_;
-    for (size_t s = 0; s < all.size(); ++s) {
-      const DType dtype = number_of(dtypes_[s]);
-      const int64_t size = item_size(dtypes_[s]);
-      for (int64_t i = 0; size > 1 && i < job_.numel; ++i) {
-        char* const at = all[s].data() + i * size;
-        store(canonical(load(at, dtype), dtype), at, dtype);
-      }
-    }
     all.insert(all.end(), seconds_.begin(), seconds_.end());
+    for (size_t s = 0; s < dtypes_.size(); ++s) {
+      if (!fusedopt::has_blocks(dtypes_[s])) make_canonical(number_of(dtypes_[s]), &all[s]);
+      if (dtypes_[s] == DType::f16_master) make_canonical(DType::f32, &all[dtypes_.size() + s]);
+    }
     return all;
   }
 
  private:
+  static void make_canonical(DType dtype, std::vector<char>* elements) {
+    const int64_t size = item_size(dtype);
+    for (size_t i = 0; i < elements->size(); i += static_cast<size_t>(size)) {
+      char* const at = elements->data() + i;
+      store(canonical(load(at, dtype), dtype), at, dtype);
+    }
+  }
+
   // Numbers of many sizes, not below zero where a state has no sign.
   void fill(DType dtype, int s, std::vector<char>* array, std::vector<char>* second) {
     dtypes_.push_back(dtype);
