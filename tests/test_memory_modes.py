@@ -152,13 +152,19 @@ def check_steps(config: Config, mode: str, dtype: torch.dtype) -> None:
 def test_masters_with_float32_states_are_float32_training(
     config: Config, clip: float | None
 ) -> None:
-    ours, theirs = parameters(torch.bfloat16), parameters(torch.float32)
+    shapes = [(64, 96), (130,), (7, 3, 5)]
+    ours, theirs = parameters(torch.bfloat16, shapes), parameters(torch.float32, shapes)
     options = {**config.kwargs, "max_grad_norm": clip}
     optimizer = config.cls(ours, **options, master_weights=True, state_dtype=torch.float32)
     expected = config.cls(theirs, **options)
-    for step in range(50):
-        set_gradients(ours, step)
-        set_gradients(theirs, step)
+    gradients = []
+    for i in range(37):
+        set_gradients(ours, i)
+        gradients.append([p.grad for p in ours])
+    for step in range(1000):
+        for p, q, grad in zip(ours, theirs, gradients[step % len(gradients)], strict=True):
+            assert grad is not None
+            p.grad, q.grad = grad, grad.float()
         optimizer.step()
         expected.step()
     for p, q in zip(ours, theirs, strict=True):
