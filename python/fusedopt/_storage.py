@@ -255,7 +255,7 @@ class Stores(HasOptions):
         for key in (master if self._has_master(p) else None, ROUNDING):
             if key in saved:
                 value = _from_bytes(p, saved[key]) if key == REMAINDER else saved[key]
-                state[key] = value.to("cpu" if key == ROUNDING else p.device, copy=True)
+                state[key] = value.to("cpu" if key == ROUNDING else p.device)
         # In the order of _create_state, and of the very strings that the engine looks for.
         for key in sorted(state, key=_rank):
             state[sys.intern(key)] = state.pop(key)
@@ -266,7 +266,7 @@ class Stores(HasOptions):
         stored_as: Any = p.dtype if name == SLOW else self._stored_as(p)
         if stored_as == MXFP8 and _is_coded(value) and scale_key(name) in saved:
             for key in (name, scale_key(name)):
-                state[key] = saved[key].to(p.device, copy=True)
+                state[key] = saved[key].to(p.device)
         elif stored_as == MXFP8:
             state.update(_encoded(p, _decoded(saved, name).to(p.device), name))
         else:
@@ -274,7 +274,7 @@ class Stores(HasOptions):
             as_torch_does = self.state_dtype is None or name == SLOW
             if as_torch_does and torch.promote_types(numbers.dtype, p.dtype) != p.dtype:
                 stored_as = numbers.dtype  # the parameter's cannot hold them
-            state[name] = numbers.to(p.device, stored_as, copy=True)
+            state[name] = numbers.to(p.device, stored_as)
 
     def _store_what_is_there(self) -> None:
         """Store the states that the constructor of torch's class has made."""
