@@ -18,6 +18,7 @@ from tests.registry import Config
 from tests.test_memory_modes import (
     MODES,
     Expected,
+    check_against_spec,
     each_mode,
     each_plain_config,
     numbers_of,
@@ -61,17 +62,10 @@ def through_a_file(state_dict: dict[str, Any]) -> Any:
 def test_pieces_and_threads_change_no_bit(name: str, mode: str, threads: int) -> None:
     params = parameters(torch.bfloat16, [(301, 1003), (333, 1024), (7, 40000), (20000, 33)])
     optimizer = getattr(fusedopt, name)(params, **MODES[mode])
-    expected = [Expected(optimizer, p, i) for i, p in enumerate(params)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for step in range(2):
-            set_gradients(params, step)
-            optimizer.step()
-            for p, e in zip(params, expected, strict=True):
-                assert p.grad is not None
-                e.step(p.grad)
-                e.assert_equal(p)
+        check_against_spec(optimizer, params, 2)
     finally:
         torch.set_num_threads(before)
 
@@ -84,14 +78,7 @@ def test_each_instruction_set_has_the_same_bits(
     monkeypatch.setattr(_engine, "engine", _core.Engine(isa=isa))
     params = parameters(torch.bfloat16, [(64, 96), (70, 67), (300,), (4, 200, 32)])
     optimizer = fusedopt.AdamW(params, **MODES[mode])
-    expected = [Expected(optimizer, p, i) for i, p in enumerate(params)]
-    for step in range(3):
-        set_gradients(params, step)
-        optimizer.step()
-        for p, e in zip(params, expected, strict=True):
-            assert p.grad is not None
-            e.step(p.grad)
-            e.assert_equal(p)
+    check_against_spec(optimizer, params, 3)
 
 
 @each_mode
@@ -198,11 +185,16 @@ def test_codes_without_their_scales_are_refused() -> None:
     broken = optimizer.state_dict()
     for state in broken["state"].values():
         state.pop("exp_avg_scale", None)
-    plain = fusedopt.AdamW(parameters(torch.bfloat16, SHAPES))
+    others = parameters(torch.bfloat16, SHAPES)
+    plain = fusedopt.AdamW(others)
+    train(plain, others, 0, 1)
+    before = copy.deepcopy(plain.state_dict())
     with pytest.raises(
         ValueError, match="exp_avg of a checkpoint has 8-bit codes, and there is no"
     ):
         plain.load_state_dict(broken)
+    for i, state in plain.state_dict()["state"].items():
+        assert all(same_state(value, before["state"][i][key]) for key, value in state.items())
 
 
 # ---- masters and float32 models ------------------------------------------------------------------

@@ -136,9 +136,13 @@ def test_so_it_is_with_parameters_of_other_dtypes(
 
 def check_steps(config: Config, mode: str, dtype: torch.dtype) -> None:
     params = parameters(dtype)
-    optimizer = config.cls(params, **config.kwargs, **MODES[mode])
+    check_against_spec(config.cls(params, **config.kwargs, **MODES[mode]), params, 4)
+
+
+def check_against_spec(optimizer: Fused, params: list[Tensor], steps: int) -> None:
+    """Step params, and compare each step with the readable spec."""
     expected = [Expected(optimizer, p, i) for i, p in enumerate(params)]
-    for step in range(4):
+    for step in range(steps):
         set_gradients(params, step)
         optimizer.step()
         for p, e in zip(params, expected, strict=True):

@@ -68,5 +68,6 @@ def test_a_loss_is_of_the_stored_weights() -> None:
     stored = copy.deepcopy(model).bfloat16()
     assert torch.equal(model.logits(tokens), model(tokens))
     assert torch.equal(stored.logits(tokens), copy.deepcopy(stored).float()(tokens))
+    # (Torch gives backward() no types.)
     stored.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in stored.parameters())

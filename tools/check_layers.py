@@ -40,7 +40,7 @@ PYTHON: Floors = (
     ("_pending", "clip"),
     ("_norms", "_storage"),
     ("_engine", "_memory", "_options", "_ranks"),
-    ("_codecs", "_core", "_numeric", "_operators"),
+    ("_codecs", "_core", "_numeric", "_operators", "_shards"),
 )
 
 

@@ -1,6 +1,6 @@
 // Usual mixtures of streams without a detour: a block of each is decoded to registers, and what is
-// rare is left to tiles. In tiles, which the arithmetic of one stream has to itself at a time,
-// AdamW with 8-bit states takes three times as long. Included inside the ISA's namespace.
+// rare is left to tiles, where the conversions of a stream and the arithmetic of the rule come one
+// after the other instead of side by side. Included inside the ISA's namespace.
 #pragma once
 
 #include "cpu/tiles.h"

@@ -148,8 +148,7 @@ FUSEDOPT_FN uint16_t round_at_random(float x, uint32_t random, Float16) {
   return static_cast<uint16_t>(magnitude <= 0x477fe000 ? finite | sign : nearest.bits);
 }
 
-// ---- arrays
-// --------------------------------------------------------------------------------------
+// ---- arrays -------------------------------------------------------------------------------------
 
 template <class Stored, class T>
 void decode_all(const void* from, T* to, int64_t n) {

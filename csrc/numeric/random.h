@@ -4,30 +4,9 @@
 
 #pragma once
 
-struct Words4 {
-  uint32_t words[4];
-};
-
 constexpr uint32_t kPhiloxMultipliers[] = {0xd2511f53, 0xcd9e8d57};
 constexpr uint32_t kPhiloxWeyl[] = {0x9e3779b9, 0xbb67ae85};
 constexpr int kPhiloxRounds = 7;
-
-// 128 bits, number `counter` of those that a key has for draw `draw`.
-FUSEDOPT_FN Words4 philox(uint64_t counter, uint32_t draw, uint32_t key) {
-  uint32_t x0 = static_cast<uint32_t>(counter), x1 = static_cast<uint32_t>(counter >> 32);
-  uint32_t x2 = draw, x3 = 0, k0 = key, k1 = 0;
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t a = uint64_t{kPhiloxMultipliers[0]} * x0;
-    const uint64_t b = uint64_t{kPhiloxMultipliers[1]} * x2;
-    x0 = static_cast<uint32_t>(b >> 32) ^ x1 ^ k0;
-    x1 = static_cast<uint32_t>(b);
-    x2 = static_cast<uint32_t>(a >> 32) ^ x3 ^ k1;
-    x3 = static_cast<uint32_t>(a);
-    k0 += kPhiloxWeyl[0];
-    k1 += kPhiloxWeyl[1];
-  }
-  return {{x0, x1, x2, x3}};
-}
 
 // 32 elements share 256 bits, 16 halves of words: of an element and the one 16 after it, one has
 // the bytes of a half in the one order and one in the other. And what is rounded at the same time

@@ -80,9 +80,9 @@ FUSEDOPT_FN void store_halves(Halves x, void* to) { std::memcpy(to, &x, sizeof(x
 FUSEDOPT_FN Words bits_of(Vec<float> x) { return bit_cast<Words>(x.lanes); }
 FUSEDOPT_FN Vec<float> floats_of(Words bits) { return {bit_cast<Vec<float>::Lanes>(bits)}; }
 
-// What has to be added so that the upper half is the nearest bfloat16, ties to even, as encode()
-// has it. NaN needs no care where it stems from 16 bits or is the default one: its lower half of
-// zeros carries nothing upwards.
+// Bits whose upper half is the nearest bfloat16, ties to even, as encode() has it. NaN needs no
+// care where it stems from 16 bits or is the default one: its lower half of zeros carries nothing
+// upwards.
 FUSEDOPT_FN Words rounded(Vec<float> x) {
   const Words bits = bits_of(x);
   return bits + 0x7fff + ((bits >> 16) & 1);

@@ -131,8 +131,7 @@ void StepPlan::keep_if(F f) {
   memory_.jobs.resize(kept);
 }
 
-// ---- what is listed, or counted, a second time
-// ---------------------------------------------------
+// ---- what is listed, or counted, a second time --------------------------------------------------
 
 bool CountPlaces::lie_apart(const std::vector<Entry>& entries) {
   places_.clear();

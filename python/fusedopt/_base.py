@@ -243,9 +243,14 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         lost, and a checkpoint that was saved in 16 bits goes on in float32.
         """
         saved: dict[str, Any] = {}
+
+        def see(_: Any, seen: dict[str, Any]) -> None:
+            self._check_states(seen)
+            saved.update(seen)
+
         handles = [
             # The last of the pre-hooks sees what the others made of the checkpoint.
-            self.register_load_state_dict_pre_hook(lambda _, seen: saved.update(seen)),
+            self.register_load_state_dict_pre_hook(see),
             # The first of the post-hooks leaves to the others what they expect.
             self.register_load_state_dict_post_hook(
                 lambda _: self._restore_states(saved), prepend=True

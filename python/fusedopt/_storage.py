@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import Module
 from fusedopt import _codecs
 from fusedopt._engine import Rule
 from fusedopt._options import HasOptions
+from fusedopt._shards import as_part_of, find_first_element, has_whole_rows, is_distributed, local
 
 SLOW = "slow"  # keys of the state: Lookahead's slow weights,
 REMAINDER = "remainder"  # what a bfloat16 parameter lacks of its float32 master,
@@ -64,6 +65,7 @@ class Stores(HasOptions):
     """The memory modes, for `fusedopt._base.Fused`."""
 
     _made_by_zero: bool
+    _lookahead: Any
 
     # ---- making states -----------------------------------------------------------------------
 
@@ -73,18 +75,17 @@ class Stores(HasOptions):
         if asked is None or p.dtype == torch.float64 or p.is_complex():
             return p.dtype
         if asked == MXFP8:
-            return MXFP8 if _codecs.is_large(p) and _has_whole_rows(p) else torch.float32
-        if asked in STATE_DTYPES:
-            return asked  # type: ignore[no-any-return]
-        answer = asked(p)
+            return MXFP8 if _codecs.is_large(p) and has_whole_rows(p) else torch.float32
+        answer: Any = asked if asked in STATE_DTYPES else asked(p)
         check_state_dtype(answer, f"answer of state_dtype for a parameter of {tuple(p.shape)}")
-        if answer == MXFP8 and not (p.ndim > 1 and _has_whole_rows(p)):
+        if answer == MXFP8 and not (p.ndim > 1 and has_whole_rows(p)):
             raise ValueError(
                 f'state_dtype returned "mxfp8" for a parameter of shape {tuple(p.shape)}, expected '
                 "that for two dimensions and more, split along the first one or not at all; return "
                 "torch.float32"
             )
-        return p.dtype if answer is None else answer
+        stored: torch.dtype | str = p.dtype if answer is None else answer
+        return stored
 
     def _modes(self) -> tuple[bool, bool, bool]:
         """Return master_weights, stochastic_rounding, and whether states may be in 8 bits."""
@@ -117,8 +118,8 @@ class Stores(HasOptions):
         ]
         for name in rule.states:
             dtype: Any = torch.uint8 if name in coded else stored_as
-            make[name] = lambda dtype=dtype: _zeros_like(p, dtype)  # type: ignore[misc]
-        if self._lookahead:  # type: ignore[attr-defined]
+            make[name] = partial(_zeros_like, p, dtype)
+        if self._lookahead:
             make[SLOW] = lambda: self._slow(p)
         if self._has_master(p) and p.dtype == torch.bfloat16:
             make[REMAINDER] = lambda: _zeros_like(p, torch.int16)
@@ -149,7 +150,7 @@ class Stores(HasOptions):
         """Return how many elements of the whole parameter come before those of this process."""
         known: dict[Tensor, int] = self.__dict__.setdefault("_first_elements", {})
         if p not in known:
-            known[p] = _find_first_element(p)
+            known[p] = find_first_element(p)
         return known[p]
 
     # ---- masters -----------------------------------------------------------------------------
@@ -236,6 +237,15 @@ class Stores(HasOptions):
         whole: dict[str, Any] = self.state_dict()
         plain = {i: _as_numbers(state) for i, state in whole["state"].items()}
         return {**whole, "state": plain}
+
+    def _check_states(self, saved: dict[str, Any]) -> None:
+        """Raise an error for what could not be stored, before anything has changed."""
+        for p in self._all_parameters():
+            self._stored_as(p)
+        for state in saved.get("state", {}).values():
+            for key, value in state.items():
+                if _is_moment(key, value):
+                    _check_codes(state, key)
 
     def _restore_states(self, saved: dict[str, Any]) -> None:
         """Take from a checkpoint what torch's own loading has cast, in the modes of now."""
@@ -348,7 +358,7 @@ class Stores(HasOptions):
                 state[name] = value if name == SLOW else value.to(stored_as)
 
 
-# ---- tensors, and the parts of them that a process has -------------------------------------------
+# ---- states as they are stored -------------------------------------------------------------------
 
 
 def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -360,56 +370,6 @@ def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
 def _zero_scales(p: Tensor) -> Tensor:
     zeros = torch.zeros(_codecs.scale_shape(local(p)), dtype=torch.uint8, device=p.device)
     return as_part_of(p, zeros, _codecs.scale_shape(p))
-
-
-def _is_distributed(x: Any) -> bool:
-    tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(x, tensor.DTensor)
-
-
-def local(x: Any) -> Tensor:
-    """Return what this process has of a tensor, without a gradient."""
-    x = x.detach()
-    part: Tensor = x.to_local() if _is_distributed(x) else x
-    return part
-
-
-def as_part_of(p: Any, part: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Return a tensor that is split as p is, and of which this process has `part`.
-
-    Args:
-        p: a parameter, plain or a DTensor.
-        part: what this process has.
-        shape: of the whole; that of p if it is not given.
-    """
-    if not _is_distributed(p):
-        return part
-    whole = torch.empty(p.shape if shape is None else shape, device="meta")
-    made: Tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
-        part,
-        p.device_mesh,
-        p.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-    return made
-
-
-def _has_whole_rows(p: Any) -> bool:
-    """Return whether a process has rows of dimension 0, and all of each."""
-    if not _is_distributed(p):
-        return True
-    # (The shards of FSDP2 within those of tensor parallelism are no is_shard(0).)
-    return all(getattr(each, "dim", 0) == 0 for each in p.placements)
-
-
-def _find_first_element(p: Any) -> int:
-    if not _is_distributed(p) or not _has_whole_rows(p):
-        return 0
-    utils = sys.modules["torch.distributed.tensor._utils"]  # which DTensors come with
-    _, offset = utils.compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return int(offset[0]) * _codecs.row_length(p) if p.ndim else 0
 
 
 def _is_coded(value: object) -> bool:
@@ -444,16 +404,20 @@ def _encoded(p: Tensor, x: Tensor, name: str, u: Tensor | None = None) -> dict[s
     return {name: as_part_of(p, codes), scale_key(name): as_part_of(p, scale, shape)}
 
 
-def _decoded(state: dict[str, Any], name: str) -> Tensor:
-    """Return a state as numbers."""
-    value: Tensor = state[name]
-    if not _is_coded(value):
-        return value
-    if scale_key(name) not in state:
+def _check_codes(state: dict[str, Any], name: str) -> None:
+    if _is_coded(state[name]) and scale_key(name) not in state:
         raise ValueError(
             f"{name} of a checkpoint has 8-bit codes, and there is no {scale_key(name)}; load one "
             "that torch_state_dict() has made"
         )
+
+
+def _decoded(state: dict[str, Any], name: str) -> Tensor:
+    """Return a state as numbers."""
+    _check_codes(state, name)
+    value: Tensor = state[name]
+    if not _is_coded(value):
+        return value
     return as_part_of(
         value, _codecs.decode(local(value), local(state[scale_key(name)]), code_of(name))
     )
@@ -492,6 +456,6 @@ def _from_bytes(p: Tensor, x: Tensor) -> Tensor:
 
 def _as_laid_out(x: Tensor, p: Tensor) -> Tensor:
     """Return x with the strides of p."""
-    if _is_distributed(p) or x.stride() == p.stride():
+    if is_distributed(p) or x.stride() == p.stride():
         return x
     return torch.empty_like(p, dtype=x.dtype, requires_grad=False).copy_(x)

@@ -146,6 +146,7 @@ def test_the_table_has_the_bytes_and_other_tables_have_none(result: RowResult) -
     def shown(result: RowResult) -> str:
         console = Console(file=io.StringIO(), width=110)
         console.print(table.row_table(result))
+        # (A console has any file; this one is a StringIO.)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
 

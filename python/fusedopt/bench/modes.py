@@ -22,6 +22,7 @@ Step = Callable[[], object]
 
 def optimizer_of(step: Step) -> Optimizer:
     """Return whose `step` a plain step is."""
+    # (A Callable is not known to be the bound method that it is.)
     optimizer: Optimizer = step.__self__  # type: ignore[attr-defined]
     return optimizer
 
