@@ -3,22 +3,26 @@
 
 #include "numeric/vec.h"
 
-// Asks for what lies a fixed distance after `at`, in the array of n elements or, past its end, in
-// the one that comes next.
+// What lies a fixed distance after element `at` in the array of n elements or, past its end, in the
+// one that comes next. Often that is past the end of what comes next, too: a number, unlike a
+// pointer, may be.
 template <class Stored>
-FUSEDOPT_FN void prefetch(const Stored* from, int64_t at, int64_t n, const void* next) {
+FUSEDOPT_FN uintptr_t ahead_of(const Stored* from, int64_t at, int64_t n, const void* next) {
   const int64_t ahead = at + kPrefetchBytes / int64_t{sizeof(Stored)};
   const void* const begin = ahead < n ? from : next;
-  // Often it is past the end of what comes next, too; a number, unlike a pointer, may be.
-  const auto line = reinterpret_cast<uintptr_t>(begin) +
-                    static_cast<uintptr_t>(ahead < n ? ahead : ahead - n) * sizeof(Stored);
-  __builtin_prefetch(reinterpret_cast<const void*>(line));
+  return reinterpret_cast<uintptr_t>(begin) +
+         static_cast<uintptr_t>(ahead < n ? ahead : ahead - n) * sizeof(Stored);
+}
+
+FUSEDOPT_FN void prefetch(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
 // kAhead: ask for memory ahead; otherwise, all is in cache.
 template <class V, bool kAhead, class T, class Stored, class Rule>
-FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, int64_t n,
+FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, int64_t n,
                        const void* const* next) {
+  const Rule rule = given;  // which nothing stored can change
   // The tail is the same text on a partial vector.
   const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
     V p = load(streams[kParam]);
@@ -29,13 +33,26 @@ FUSEDOPT_FN void apply(const Rule& rule, T grad_scale, Stored* const* streams, i
     store(p, streams[kParam]);
     for (int s = 0; s < Rule::kStates; ++s) store(state[s], streams[kFirstState + s]);
   };
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    for (int s = 0; kAhead && s < kFirstState + Rule::kStates; ++s) {
-      prefetch(streams[s], i, n, next[s]);
-    }
+  const auto step_at = [&](int64_t i) __attribute__((always_inline)) {
     step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
+  };
+  // Where the line of memory ahead is, is found once. With each vector it is asked for: only once,
+  // a step out of cache took 3 to 5 % longer.
+  constexpr int kVectors = kAhead ? 64 / (V::kLanes * static_cast<int>(sizeof(Stored))) : 1;
+  int64_t i = 0;
+  for (; i + kVectors * V::kLanes <= n; i += kVectors * V::kLanes) {
+    uintptr_t ahead[kMaxStreams];
+    for (int s = 0; kAhead && s < kFirstState + Rule::kStates; ++s) {
+      ahead[s] = ahead_of(streams[s], i, n, next[s]);
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      for (int s = 0; kAhead && s < kFirstState + Rule::kStates; ++s) {
+        prefetch(ahead[s]);
+      }
+      step_at(i + k * V::kLanes);
+    }
   }
+  for (; kVectors > 1 && i + V::kLanes <= n; i += V::kLanes) step_at(i);
   if (i < n) {
     step([i, n](const Stored* x) { return load_partial<V>(x + i, n - i); },
          [i, n](V v, Stored* x) { store_partial(v, x + i, n - i); });

@@ -50,13 +50,13 @@ template <>
 struct Held<DType::bf16> : HeldLanes {
   FUSEDOPT_FN bool load(const Stream& from, int64_t at) {
     const auto* data = reinterpret_cast<const BFloat16*>(from.data) + at;
-    load_each([data](int i) { return BFloat16Vec::load(data + i); });
+    load_each([data](int i) { return load_in_halves(data + i); });
     return true;
   }
   FUSEDOPT_FN bool is_rare() { return has_nan(); }
   FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t*) const {
     auto* data = reinterpret_cast<BFloat16*>(to.data) + at;
-    store_each([data](BFloat16Vec x, int i) { x.store(data + i); });
+    store_each([data](BFloat16Vec x, int i) { store_in_halves(x, data + i); });
   }
 };
 

@@ -88,16 +88,30 @@ FUSEDOPT_FN Words rounded(Vec<float> x) {
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
+// Lower halves of the one, upper halves of the other.
+FUSEDOPT_FN Words low_and_high(Words low, Words high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return bit_cast<Words>(_mm256_blend_epi16(bit_cast<Bits>(low), bit_cast<Bits>(high), 0xaa));
+#else
+  return (low & 0xffff) | (high & 0xffff0000);
+#endif
+}
+
 // They load and store bfloat16 and compute in float.
 struct BFloat16Vec {
   static constexpr int kLanes = 2 * Vec<float>::kLanes;
   Vec<float> a, b;
 
+  // Neighbours to different registers.
   static BFloat16Vec load(const BFloat16* from) {
-    const Halves bits = load_halves(from);
-    return {floats_of(widen_a(Halves{}, bits)), floats_of(widen_b(Halves{}, bits))};
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof(pairs));
+    return {floats_of(pairs << 16), floats_of(pairs & 0xffff0000)};
   }
-  void store(BFloat16* to) const { store_halves(upper_halves(rounded(a), rounded(b)), to); }
+  void store(BFloat16* to) const {
+    const Words pairs = low_and_high(rounded(a) >> 16, rounded(b));
+    std::memcpy(to, &pairs, sizeof(pairs));
+  }
 
   friend BFloat16Vec operator+(BFloat16Vec x, BFloat16Vec y) { return {x.a + y.a, x.b + y.b}; }
   friend BFloat16Vec operator-(BFloat16Vec x, BFloat16Vec y) { return {x.a - y.a, x.b - y.b}; }
@@ -110,6 +124,16 @@ struct BFloat16Vec {
   friend BFloat16Vec max(BFloat16Vec x, BFloat16Vec y) { return {max(x.a, y.a), max(x.b, y.b)}; }
   friend BFloat16Vec min(BFloat16Vec x, float y) { return {min(x.a, y), min(x.b, y)}; }
 };
+
+// ---- the order of halves ------------------------------------------------------------------------
+
+FUSEDOPT_FN BFloat16Vec load_in_halves(const BFloat16* from) {
+  const Halves bits = load_halves(from);
+  return {floats_of(widen_a(Halves{}, bits)), floats_of(widen_b(Halves{}, bits))};
+}
+FUSEDOPT_FN void store_in_halves(BFloat16Vec x, BFloat16* to) {
+  store_halves(upper_halves(rounded(x.a), rounded(x.b)), to);
+}
 
 // ---- floats in that order -----------------------------------------------------------------------
 
