@@ -358,6 +358,19 @@ def test_a_function_with_a_wrong_answer_is_refused(answer: str) -> None:
     with pytest.raises(ValueError, match=r"state_dtype .*\(64,\)"):
         optimizer.step()
     assert torch.equal(params[0].detach(), before)
+    assert not optimizer.state
+
+
+def test_a_wrong_answer_comes_before_what_torch_steps() -> None:
+    left_to_torch = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    params = [left_to_torch, *parameters(torch.bfloat16, [(64,)])]
+    optimizer = fusedopt.AdamW(params, state_dtype=lambda p: "fp8" if p.shape == (64,) else None)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"state_dtype .*\(64,\)"):
+        optimizer.step()
+    assert torch.equal(left_to_torch, torch.ones(3, dtype=torch.complex64))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self._refuse_options_in(group)
         rule = self._rule(group)
         modes = self._modes()
+        if modes[2]:
+            self._check_answers(group)
         lr = group["lr"]
         if (
             isinstance(lr, Tensor)

@@ -87,6 +87,13 @@ class Stores(HasOptions):
         stored: torch.dtype | str = p.dtype if answer is None else answer
         return stored
 
+    def _check_answers(self, group: dict[str, Any]) -> None:
+        """Raise an error if state_dtype is a function with a wrong answer for a new parameter."""
+        if callable(self.state_dtype):
+            for p in group["params"]:
+                if p.grad is not None and not self.state.get(p):
+                    self._stored_as(p)
+
     def _modes(self) -> tuple[bool, bool, bool]:
         """Return master_weights, stochastic_rounding, and whether states may be in 8 bits."""
         given = self.defaults  # where the options are; once a step, and found faster so
