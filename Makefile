@@ -12,6 +12,9 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # Tests of what optimizers do, wherever parameters are.
 ON_DEVICES := tests/contract $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py)
 
+# Files of tests side by side, each in one process.
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
 .PHONY: test-ecosystem gpu-check clean
 .DELETE_ON_ERROR:
@@ -27,12 +30,13 @@ demo: .venv/installed
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
 	$(RUN)/python -m tools.memory_quality
+	$(RUN)/python -m tools.memory_speed
 	$(RUN)/python -m tools.memory_page --write
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
-	$(RUN)/python -m pytest $(ARGS)
-	$(RUN)/python -m pytest --quiet --device emulated $(ON_DEVICES) $(ARGS)
+	$(RUN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	$(RUN)/python -m pytest $(SIDE_BY_SIDE) --quiet --device emulated $(ON_DEVICES) $(ARGS)
 
 ## make bench          what fusedopt gains on this machine; ARGS=--quick takes a minute
 bench: .venv/installed
@@ -76,7 +80,7 @@ test-machines: .venv/dependencies
 
 ## make test-ecosystem what torch is used with, from FSDP2 to Lightning: a few minutes
 test-ecosystem: .venv/ecosystem .venv/installed
-	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
+	$(RUN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS) tests/ecosystem
 
 ## make gpu-check      build, test and measure the CUDA kernels, where there is a GPU; nine minutes
 gpu-check:
