@@ -76,9 +76,7 @@ def table(results: dict[str, Any]) -> list[str]:
             for c in columns.values()
         ]
         lines.append(f"| `{mode}` | {by_bytes:.2f} | {' | '.join(f'{x:.2f}' for x in faster)} |")
-    took = ", ".join(
-        f"{c['modes']['float32']['milliseconds']:.0f} ms" for c in columns.values()
-    )
+    took = ", ".join(f"{c['modes']['float32']['milliseconds']:.0f} ms" for c in columns.values())
     samples = min(t["samples"] for c in columns.values() for t in c["modes"].values())
     facts = results["machine"]
     return [
