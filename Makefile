@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 ON_DEVICES := tests/contract $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py)
 
 .PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
-.PHONY: test-ecosystem gpu-check clean
+.PHONY: test-ecosystem gpu-check gpu-rows gpu-sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -78,9 +78,17 @@ test-machines: .venv/dependencies
 test-ecosystem: .venv/ecosystem .venv/installed
 	$(RUN)/python -m pytest $(ARGS) tests/ecosystem
 
-## make gpu-check      build, test and measure the CUDA kernels, where there is a GPU; nine minutes
+## make gpu-check      build and test the CUDA kernels, where there is a GPU, in at most nine minutes
 gpu-check:
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) -m tools.gpu_check check $(ARGS)
+
+## make gpu-rows       measure what gpu-check has built, in at most nine minutes
+gpu-rows:
+	$(PYTHON) -m tools.gpu_check rows $(ARGS)
+
+## make gpu-sanitize   run it under compute-sanitizer, in at most nine minutes
+gpu-sanitize:
+	$(PYTHON) -m tools.gpu_check sanitize $(ARGS)
 
 ## make clean          remove all that was made here
 clean:

@@ -2,8 +2,6 @@
 // 8-bit states and their scales; and what random bits come of. As everywhere, once through Python,
 // with messages about what does not fit, and once of usual parameters.
 
-#include <map>
-
 #include "step/params.h"
 
 namespace fusedopt {
@@ -11,14 +9,6 @@ namespace fusedopt {
 const PartKeys& part_keys() {
   static const PartKeys keys;
   return keys;
-}
-
-PyObject* scale_key(const py::str& state) {
-  static std::map<std::string, PyObject*> keys;
-  const auto name = py::cast<std::string>(state);
-  PyObject*& key = keys[name];
-  if (!key) key = PyUnicode_InternFromString((name + "_scale").c_str());
-  return key;
 }
 
 static bool has_master(const Group& group, const View& param) {
@@ -38,7 +28,7 @@ static void set_random(View* param) {
 
 // In the order in which create_state adds what is missing.
 void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   View& param = views[kParam];
   const auto found = [&](PyObject* key) {
     PyObject* const tensor = find(entry->state, key, cursor);
@@ -71,12 +61,12 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
              " on cpu",
          [&](const View& second) { return join_master(second, &param); });
   }
-  for (size_t s = 0; s < group.rule_states(); ++s) {
+  for (size_t s = 0; s < group.rule_states; ++s) {
     View& state = views[kFirstState + s];
     if (!state.data && state.numel != 0) continue;  // it is missing itself
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;
-    join(scale_key(group.states[s]),
+    join(group.scale_key(s),
          "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
              std::to_string(rows_of(plain).blocks()) + ") on cpu",
          [&](const View& scale) {
@@ -100,7 +90,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
 
 // What there is of them, in that order; whether that is all is seen when they are read.
 bool ParamReader::find_usual_parts(Entry* entry, Py_ssize_t* cursor) {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   const auto find = [&](PyObject* key, Record* record) {
     PyObject* const tensor = find_next(entry->state, key, cursor);
     if (!tensor) return true;
@@ -111,14 +101,14 @@ bool ParamReader::find_usual_parts(Entry* entry, Py_ssize_t* cursor) {
   if (!entry->second_records[kParam]) {
     all = all && find(part_keys().master, &entry->second_records[kParam]);
   }
-  for (size_t s = 0; all && s < group.rule_states(); ++s) {
-    all = find(scale_key(group.states[s]), &entry->second_records[kFirstState + s]);
+  for (size_t s = 0; all && s < group.rule_states; ++s) {
+    all = find(group.scale_key(s), &entry->second_records[kFirstState + s]);
   }
   return all && find(part_keys().rounding, &entry->rounding_record);
 }
 
 bool ParamReader::read_usual_parts(Entry* entry, View* views) const {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   View& param = views[kParam];
   const View plain = param;
   const auto read = [&](int s, View* second) {
@@ -129,7 +119,7 @@ bool ParamReader::read_usual_parts(Entry* entry, View* views) const {
   if (has_master(group, param) && (!read(kParam, &second) || !join_master(second, &param))) {
     return false;
   }
-  for (size_t s = 0; s < group.rule_states(); ++s) {
+  for (size_t s = 0; s < group.rule_states; ++s) {
     View& state = views[kFirstState + s];
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;

@@ -1,6 +1,8 @@
 // One optimizer step: what is to be run for the parameters that have been read.
 #pragma once
 
+#include <map>
+
 #include "engine/schedule.h"
 #include "step/params.h"
 
@@ -27,6 +29,12 @@ class CountPlaces {
   bool apart_ = true;                       // and what was found then
 };
 
+// What is kept for one device from step to step.
+struct OnDevice {
+  Overlaps overlaps;
+  int64_t bytes = 0;  // that a step takes
+};
+
 // What a plan fills, kept from step to step: entries for their capacity alone, jobs also because
 // the schedule fits the next ones, too, if they lie where these do.
 struct PlanMemory {
@@ -34,6 +42,7 @@ struct PlanMemory {
   std::vector<Job> jobs;  // one an entry
   Schedule schedule;
   CountPlaces counts;
+  std::map<int, OnDevice> devices;
 };
 
 class StepPlan {
@@ -64,7 +73,10 @@ class StepPlan {
 
   // ---- of steps with parameters on devices (devices.cpp)
   std::vector<int> devices() const;
-  std::vector<Job> jobs_on(int device) const;  // or kHost
+  size_t count_on(int device) const;  // or kHost: the parameters there
+  std::vector<Job> jobs_on(int device) const;
+  OnDevice* on(int device) { return &memory_.devices[device]; }
+  bool share_memory(int device);  // see Overlaps
   // Throws if a graph of this step would repeat what the CPU has decided for this one alone.
   void refuse_to_be_captured() const;
   // Whether a step that is skipped has to be known to be before states are made.
@@ -80,6 +92,7 @@ class StepPlan {
   void keep_if(F f);
   void set_repeats_aside();
   void set_job(const Entry& entry, const View* views, Job* job);
+  void set_rule_and_more(const Entry& entry, const View* views, Job* job);
 
   const Kernels& kernels_;
   PlanMemory* const spare_;
