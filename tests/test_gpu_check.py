@@ -25,7 +25,7 @@ Rehearse = Callable[..., tuple[int, dict[str, Any]]]
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that $OUT names; results go to one beside it."""
-    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_check, "REHEARSED", tmp_path / "results")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     root = Path(gpu_check.__file__).parent.parent
     path = [str(root / "python"), os.environ.get("PYTHONPATH", "")]
@@ -40,7 +40,7 @@ def rehearse(out: Path) -> Rehearse:
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
         status = gpu_check.main([*arguments, "--rehearse"])
         results: dict[str, Any] = json.loads((out / "rehearsal.json").read_text())
-        assert results == json.loads((gpu_check.RESULTS / "rehearsal.json").read_text())
+        assert results == json.loads((gpu_check.REHEARSED / "rehearsal.json").read_text())
         return status, results
 
     return run
@@ -50,11 +50,14 @@ def outcomes(results: dict[str, Any]) -> dict[str, str]:
     return {name: outcome.split(",")[0] for name, outcome in results["steps"].items()}
 
 
+SANITIZER = "compute-sanitizer"
 PASSES = "def test_passes():\n    pass\n"
 FAILS = "def test_fails():\n    assert False\n"
 
 
-def test_file(folder: Path, text: str) -> str:
+def file_with(folder: Path, text: str) -> str:
+    options = "from tests.conftest import pytest_addoption as pytest_addoption\n"
+    (folder / "conftest.py").write_text(options)
     path = folder / "test_one.py"
     path.write_text(text)
     return str(path)
@@ -66,7 +69,7 @@ def test_file(folder: Path, text: str) -> str:
 def test_all_three_in_turn(
     rehearse: Rehearse, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, results = rehearse("check", test_file(tmp_path, PASSES))
+    status, results = rehearse("check", file_with(tmp_path, PASSES))
     assert (status, outcomes(results)) == (0, {"build": "passed", "tests on the GPU": "passed"})
     status, results = rehearse("rows")
     assert status == 0
@@ -83,7 +86,7 @@ def test_all_three_in_turn(
 
 
 def test_a_failing_test_is_kept(rehearse: Rehearse, tmp_path: Path) -> None:
-    status, results = rehearse("check", test_file(tmp_path, FAILS))
+    status, results = rehearse("check", file_with(tmp_path, FAILS))
     assert status == 1
     assert outcomes(results) == {"build": "passed", "tests on the GPU": "failed (1)"}
 
@@ -93,7 +96,7 @@ def test_nothing_is_tested_that_was_not_built(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "fusedopt.py").write_text("raise ImportError")
-    status, results = rehearse("check", test_file(tmp_path, PASSES))
+    status, results = rehearse("check", file_with(tmp_path, PASSES))
     assert (status, outcomes(results)) == (1, {"build": "failed (1)"})
 
 
@@ -102,7 +105,7 @@ def test_a_full_clock(rehearse: Rehearse, tmp_path: Path) -> None:
     slow = "import subprocess\n\ndef test_slow():\n    subprocess.run(['sleep', '60'])\n"
     begin = time.monotonic()
     # (Looking at the build takes some of them.)
-    status, results = rehearse("check", test_file(tmp_path, slow), "--seconds", "12")
+    status, results = rehearse("check", file_with(tmp_path, slow), "--seconds", "12")
     assert time.monotonic() - begin < 40
     assert status == 1
     assert outcomes(results)["tests on the GPU"] == "ran out of time"
@@ -215,7 +218,8 @@ def test_sanitizers_see_what_torch_hides(out: Path, monkeypatch: pytest.MonkeyPa
         return True
 
     monkeypatch.setattr(Steps, "run", take_note)
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
+    which: Callable[[str], str | None] = lambda name: name if name == SANITIZER else None
+    monkeypatch.setattr(gpu_check.shutil, "which", which)
     gpu_check.main(["sanitize", "--rehearse"])
     command, environment = asked["memcheck"]
     assert command[command.index("--report-api-errors") + 1] == "no"

@@ -33,6 +33,7 @@ from tools.gpu_rows import compare, print_asked
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
+REHEARSED = ROOT / "build"
 SECONDS = 8.5 * 60
 # What has to be there, and which version of it at least.
 IMPORTED = ("torch", "numpy", "pytest", "hypothesis")
@@ -138,7 +139,7 @@ class Results:
             "commit": output_of("git", "describe", "--always", "--dirty"),
         }
         plain = re.sub(r"[^A-Za-z0-9]+", "-", name).lower()
-        self.path = RESULTS / f"{plain}.json"
+        self.path = (RESULTS if on_gpu else REHEARSED) / f"{plain}.json"
         found = json.loads(self.path.read_text()) if self.path.exists() else {}
         if any(found.get(key) != value for key, value in facts.items()):
             found = {}
@@ -266,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="the time there is")
     parser.add_argument("tests", nargs="*", help="for check: which ones")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     on_gpu = not options.rehearse
     require(builds=on_gpu and options.command == "check", on_gpu=on_gpu)
     steps = Steps(Results(on_gpu), options.seconds)

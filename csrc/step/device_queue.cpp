@@ -1,6 +1,7 @@
 #include "step/device_queue.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fusedopt {
 
@@ -51,7 +52,7 @@ cuda::Memory DeviceQueue::memory() {
 template <class Make>
 void DeviceQueue::later(const cuda::Launch& at, Make make) {
   Launches& all = *static_cast<Launches*>(at.stream);
-  all.waiting.push_back([&all, make] { make(all.kernels, all.at); });
+  all.waiting.emplace_back([&all, make = std::move(make)] { make(all.kernels, all.at); });
 }
 
 static std::string copy_of(const void* args, int64_t bytes) {

@@ -8,25 +8,29 @@
 
 namespace fusedopt {
 
-std::vector<int> StepPlan::devices() const {
+size_t StepPlan::count_on(int device) {
+  if (places_.empty()) {
+    size_t* count = nullptr;
+    int last = kHost;
+    for (const Entry& entry : memory_.entries) {
+      if (!count || entry.device != last) count = &places_[last = entry.device];
+      ++*count;
+    }
+  }
+  const auto place = places_.find(device);
+  return place == places_.end() ? 0 : place->second;
+}
+
+std::vector<int> StepPlan::devices() {
   std::vector<int> devices;
-  int last = kHost;
-  for (const Entry& entry : memory_.entries) {
-    if (entry.device == last) continue;
-    last = entry.device;
-    const bool known = std::count(devices.begin(), devices.end(), last) != 0;
-    if (last != kHost && !known) devices.push_back(last);
+  (void)count_on(kHost);
+  for (const auto& [device, count] : places_) {
+    if (device != kHost) devices.push_back(device);
   }
   return devices;
 }
 
-size_t StepPlan::count_on(int device) const {
-  const std::vector<Entry>& entries = memory_.entries;
-  return static_cast<size_t>(std::count_if(
-      entries.begin(), entries.end(), [&](const Entry& entry) { return entry.device == device; }));
-}
-
-std::vector<Job> StepPlan::jobs_on(int device) const {
+std::vector<Job> StepPlan::jobs_on(int device) {
   std::vector<Job> jobs;
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     if (memory_.entries[i].device == device) jobs.push_back(memory_.jobs[i]);
@@ -35,9 +39,13 @@ std::vector<Job> StepPlan::jobs_on(int device) const {
 }
 
 bool StepPlan::share_memory(int device) {
-  Overlaps& overlaps = on(device)->overlaps;
-  const bool all_there = count_on(device) == memory_.jobs.size();
-  return overlaps.any(all_there ? memory_.jobs : jobs_on(device));
+  OnDevice& there = *on(device);
+  if (!there.knows) {
+    const bool all_there = count_on(device) == memory_.jobs.size();
+    there.shares = there.overlaps.any(all_there ? memory_.jobs : jobs_on(device));
+    there.knows = true;
+  }
+  return there.shares;
 }
 
 void StepPlan::refuse_to_be_captured() const {
@@ -72,7 +80,7 @@ bool StepPlan::skips_on_host() const {
   });
 }
 
-std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
+std::vector<cuda::NormItem> StepPlan::norm_items(int device) {
   std::vector<cuda::NormItem> items;
   items.reserve(count_on(device));
   for (const Entry& entry : memory_.entries) {

@@ -12,6 +12,13 @@
 
 namespace fusedopt {
 
+// What streams have that are stored in more than one tensor.
+struct Parts {
+  Record second_records[kMaxStreams] = {}, rounding_record = nullptr;  // of a usual parameter
+  TensorReader::Count rounding = {};  // what random bits come of; without memory, there are none
+  int64_t first_element = 0;  // elements of the whole parameter before those of this process
+};
+
 // One parameter; once it has been read, one that has a gradient and a kernel.
 struct Entry {
   Entry(Group* group, Py_ssize_t index) : group(group), index(index), param(group->param(index)) {}
@@ -28,21 +35,22 @@ struct Entry {
   TensorReader::Count count = {};  // its memory; null where it is a plain number
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
-  bool lacks_state = false;        // of its rule, or slow weights: it is yet to be made
-  bool is_new = false;             // lacks a state of its rule
-  bool repeats_first = false;      // see Repeat
-  bool has_to_move = false;        // the count, to where it belongs
-  bool device_counts = false;      // and alone knows the number of this step
   int device = kHost;
+  bool lacks_state = false;       // of its rule, or slow weights: it is yet to be made
+  bool is_new = false;            // lacks a state of its rule
+  bool repeats_first = false;     // see Repeat
+  bool has_to_move = false;       // the count, to where it belongs
+  bool device_counts = false;     // and alone knows the number of this step
   bool sums_elsewhere = false;    // its gradient is in outside()
-  cuda::NormItem norm_item = {};  // of its gradient, on a device
   bool usual = false;             // see usual.cpp; the records are those of one that is
+  cuda::NormItem norm_item = {};  // of its gradient, on a device
   Record records[kMaxStreams] = {}, step_record = nullptr;
-  // Where streams are stored in more than one tensor: of second arrays, by stream, and of what
-  // random bits come of, which is then found.
-  Record second_records[kMaxStreams] = {}, rounding_record = nullptr;
-  TensorReader::Count rounding = {};
-  int64_t first_element = 0;  // elements of the whole parameter before those of this process
+  Parts* parts = nullptr;  // only where streams may be stored in more than one tensor
+
+  // What its random bits come of, or null.
+  const TensorReader::Count* rounding() const {
+    return parts && parts->rounding.data ? &parts->rounding : nullptr;
+  }
 };
 
 // The keys of a state for what is not a state of the rule.
@@ -134,10 +142,11 @@ class ParamReader {
   const py::dict& state_;
   const bool may_skip_;
   Py_ssize_t cursor_ = 0;  // in the state
-  bool in_order_ = true, holds_ = false;
+  bool in_order_ = true, holds_ = false, holds_states_ = false;
   std::atomic<bool> uses_devices_{false};
   py::list unsupported_, outside_;
   Held held_;
+  std::deque<Parts> parts_;
   std::vector<TorchAbi::Hold> held_grads_;  // of usual parameters, which may have no Python object
 };
 

@@ -34,6 +34,7 @@ void StepPlan::collect(int threads) {
 
 void StepPlan::collect_again(const std::vector<Repeat>& repeats) {
   memory_.schedule.fits = false;
+  forget_devices();
   for (const Repeat& repeat : repeats) {
     Group* const group = &groups_[static_cast<size_t>(repeat.group)];
     memory_.entries.emplace_back(group, repeat.index).repeats_first = repeat.repeats_first;
@@ -49,7 +50,8 @@ void StepPlan::collect_usual(int threads) {
   size_t count = 0;
   for (const Group& group : groups_) count += group.params.size();
   memory_.entries.reserve(count);
-  const bool fitted = std::exchange(memory_.schedule.fits, false) && memory_.jobs.size() == count;
+  const bool as_many = memory_.jobs.size() == count;
+  const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
   memory_.jobs.resize(count);
   const bool look = params_.may_find_usual(groups_);
   if (look) {
@@ -99,6 +101,7 @@ void StepPlan::collect_usual(int threads) {
   is_ready_ = ready == count;
   // If so, all are usual, and nothing changes their jobs from here on.
   memory_.schedule.fits = fitted && unmoved == count;
+  if (!as_many || unmoved != count) forget_devices();
 }
 
 void StepPlan::collect_others() {
@@ -207,9 +210,9 @@ void StepPlan::complete_states() {
 
 static Origin origin_of(const Entry& entry, const View& param) {
   int64_t rounding;
-  std::memcpy(&rounding, entry.rounding.data, sizeof(rounding));
+  std::memcpy(&rounding, entry.rounding()->data, sizeof(rounding));
   return {static_cast<uint32_t>(rounding >> 32), static_cast<uint32_t>(rounding),
-          entry.first_element, rows_of(param)};
+          entry.parts->first_element, rows_of(param)};
 }
 
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
@@ -223,7 +226,7 @@ void StepPlan::set_rule_and_more(const Entry& entry, const View* views, Job* job
   const Group& group = *entry.group;
   if (entry.folded) set_rule(entry.folded->rule, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
-  if (entry.rounding.data) job->origin = origin_of(entry, views[kParam]);
+  if (entry.rounding()) job->origin = origin_of(entry, views[kParam]);
   if (!group.moves_slow()) return;
   const int streams = job->stream_count;
   const View slow[] = {views[kParam], views[kParam], views[streams]};

@@ -32,7 +32,8 @@ class CountPlaces {
 // What is kept for one device from step to step.
 struct OnDevice {
   Overlaps overlaps;
-  int64_t bytes = 0;  // that a step takes
+  bool knows = false, shares = false;  // whether the jobs there share memory
+  int64_t bytes = 0;                   // that a step takes
 };
 
 // What a plan fills, kept from step to step: entries for their capacity alone, jobs also because
@@ -72,16 +73,16 @@ class StepPlan {
   const std::vector<Repeat>& later() const { return later_; }
 
   // ---- of steps with parameters on devices (devices.cpp)
-  std::vector<int> devices() const;
-  size_t count_on(int device) const;  // or kHost: the parameters there
-  std::vector<Job> jobs_on(int device) const;
+  std::vector<int> devices();
+  size_t count_on(int device);  // or kHost: the parameters there
+  std::vector<Job> jobs_on(int device);
   OnDevice* on(int device) { return &memory_.devices[device]; }
   bool share_memory(int device);  // see Overlaps
   // Throws if a graph of this step would repeat what the CPU has decided for this one alone.
   void refuse_to_be_captured() const;
   // Whether a step that is skipped has to be known to be before states are made.
   bool skips_on_host() const;
-  std::vector<cuda::NormItem> norm_items(int device) const;
+  std::vector<cuda::NormItem> norm_items(int device);
   std::vector<cuda::Update> updates(int device, double factor);
   std::vector<cuda::Update> updates_after(int device) const;  // Lookahead's
 
@@ -91,6 +92,9 @@ class StepPlan {
   template <class F>
   void keep_if(F f);
   void set_repeats_aside();
+  void forget_devices() {  // whose jobs are other ones
+    for (auto& [device, there] : memory_.devices) there.knows = false;
+  }
   void set_job(const Entry& entry, const View* views, Job* job);
   void set_rule_and_more(const Entry& entry, const View* views, Job* job);
 
@@ -100,7 +104,8 @@ class StepPlan {
   std::deque<Group> groups_;
   PlanMemory memory_;
   std::vector<Repeat> later_;
-  bool is_ready_ = false;  // all have their scalars: no parameter needs Python any more
+  std::map<int, size_t> places_;  // how many parameters are on each; empty while nobody has asked
+  bool is_ready_ = false;         // all have their scalars: no parameter needs Python any more
   bool lacks_states_ = false;
   Layouts layouts_;
   std::deque<Job> jobs_after_;

@@ -171,7 +171,7 @@ void ParamReader::advance(const std::vector<Entry>& entries) const {
           PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
       if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
     }
-    if (entry.rounding.data) entry.rounding.increment();
+    if (entry.rounding()) entry.rounding()->increment();
     if (entry.usual) {
       tensors_.abi().bump_version(entry.records[kParam]);
     } else {

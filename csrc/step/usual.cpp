@@ -20,7 +20,10 @@ bool ParamReader::may_find_usual(const std::deque<Group>& groups) {
   return tensors_.fast() && std::any_of(groups.begin(), groups.end(), [&](const Group& group) {
            if (group.params.empty()) return false;
            View view;
-           return tensors_.is_plain(group.param(0)) && tensors_.read(group.param(0), &view, &held_);
+           const bool readable =
+               tensors_.is_plain(group.param(0)) && tensors_.read(group.param(0), &view, &held_);
+           holds_states_ = readable && view.device != kHost;
+           return readable;
          });
 }
 
@@ -49,6 +52,7 @@ bool ParamReader::find_usual(Entry* entry) {
     PyObject* const tensor = find_next(entry->state, key, &cursor);
     if (!tensor || !tensors_.is_plain(tensor)) return false;
     *record = tensors_.abi().record(tensor);
+    if (holds_states_) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
     return true;
   };
   if (group.counts_steps && !find(step_key(), &entry->step_record)) return false;
@@ -137,6 +141,7 @@ void ParamReader::hold(const std::vector<Entry>& entries) {
   for (const Entry& entry : entries) {
     if (!entry.usual) continue;
     held_grads_.push_back(tensors_.abi().hold(entry.records[kGrad]));
+    if (holds_states_) continue;
     PyObject *key, *value;
     Py_ssize_t at = 0;
     while (entry.state && PyDict_Next(entry.state, &at, &key, &value)) {
