@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -218,8 +219,8 @@ def test_sanitizers_see_what_torch_hides(out: Path, monkeypatch: pytest.MonkeyPa
         return True
 
     monkeypatch.setattr(Steps, "run", take_note)
-    which: Callable[[str], str | None] = lambda name: name if name == SANITIZER else None
-    monkeypatch.setattr(gpu_check.shutil, "which", which)
+    names = {SANITIZER: SANITIZER}  # and no other program
+    monkeypatch.setattr(shutil, "which", names.get)
     gpu_check.main(["sanitize", "--rehearse"])
     command, environment = asked["memcheck"]
     assert command[command.index("--report-api-errors") + 1] == "no"

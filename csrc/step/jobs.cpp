@@ -115,12 +115,6 @@ static bool are_numbered(const View* views, int count) {
                      [](const View& view) { return takes_random_bits(view.dtype); });
 }
 
-bool have_one_precision(const View* views, int count) {
-  return std::all_of(views, views + count, [&](const View& view) {
-    return (view.dtype == DType::f64) == (views[0].dtype == DType::f64);
-  });
-}
-
 Layout common_layout(const View* views, int count) {
   const bool are_arrays =
       std::all_of(views, views + count, [](const View& view) { return view.contiguous; });

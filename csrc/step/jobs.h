@@ -23,8 +23,10 @@ bool overlap(const View& a, const View& b);
 // Whether two views of one shape come close otherwise than element by element.
 bool overlap_out_of_step(const View& a, const View& b);
 
-// Whether all are float64, or none is.
-bool have_one_precision(const View* views, int count);
+// Whether both are float64, or neither is.
+inline bool have_one_precision(const View& a, const View& b) {
+  return (a.dtype == DType::f64) == (b.dtype == DType::f64);
+}
 
 // How to walk streams of one shape together; empty if each is one array in the same order.
 Layout common_layout(const View* views, int count);

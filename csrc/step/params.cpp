@@ -121,7 +121,7 @@ bool ParamReader::fit_gradient(Entry* entry, const View& param, View* grad) {
   }
   entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
   const View views[] = {param, *grad};
-  const bool fits = have_one_precision(views, 2);
+  const bool fits = have_one_precision(param, *grad);
   if (!fits || !common_layout(views, 2).empty()) {
     const auto torch = py::module_::import("torch");
     const bool wide = param.dtype == DType::f64;

@@ -93,7 +93,7 @@ class ParamReader {
   View read_held(const py::object& tensor);  // any other that a step needs
 
   // ---- the same of a usual one, without Python (usual.cpp)
-  bool may_find_usual(const std::deque<Group>& groups);
+  bool may_find_usual(const std::deque<Group>& groups, size_t count);
   double likely_t() const;        // the number of this step for the parameter with the oldest state
   bool find_usual(Entry* entry);  // in the order of the parameters
   void find_gradients(Entry* begin, Entry* end) const;  // of usual ones; any thread may,

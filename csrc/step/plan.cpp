@@ -53,7 +53,7 @@ void StepPlan::collect_usual(int threads) {
   const bool as_many = memory_.jobs.size() == count;
   const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
   memory_.jobs.resize(count);
-  const bool look = params_.may_find_usual(groups_);
+  const bool look = params_.may_find_usual(groups_, count);
   if (look) {
     const double t = params_.likely_t();
     for (Group& group : groups_) group.expect(t);

@@ -54,7 +54,7 @@ bool ParamReader::read_states(Entry* entry, View* views) {
     if (entry->device != kHost) {
       const View pair[] = {views[kParam], state};
       fits = fits && is_number(state.dtype) && common_layout(pair, 2).empty() &&
-             have_one_precision(pair, 2);
+             have_one_precision(pair[0], state);
     }
   }
   if (entry->device == kHost) read_parts(entry, views, &cursor);

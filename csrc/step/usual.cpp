@@ -16,13 +16,14 @@
 namespace fusedopt {
 
 // They are few where no group begins with one.
-bool ParamReader::may_find_usual(const std::deque<Group>& groups) {
+bool ParamReader::may_find_usual(const std::deque<Group>& groups, size_t count) {
   return tensors_.fast() && std::any_of(groups.begin(), groups.end(), [&](const Group& group) {
            if (group.params.empty()) return false;
            View view;
            const bool readable =
                tensors_.is_plain(group.param(0)) && tensors_.read(group.param(0), &view, &held_);
            holds_states_ = readable && view.device != kHost;
+           if (holds_states_) held_.reserve(count * (1 + group.states.size()));
            return readable;
          });
 }
@@ -96,6 +97,7 @@ bool ParamReader::read_usual(Entry* entry, View* views) {
   const Group& group = *entry->group;
   if (!entry->records[kGrad] || tensors_.abi().asks_python(entry->records[kGrad])) return false;
   const int streams = kFirstState + static_cast<int>(group.rule_states);
+  int doubles = 0;
   for (int s = 0; s < streams; ++s) {
     View& view = views[s];
     if (!tensors_.read_stored(entry->records[s], &view) || !view.contiguous ||
@@ -104,13 +106,14 @@ bool ParamReader::read_usual(Entry* entry, View* views) {
     }
     const bool may_be_coded = s >= kFirstState && group.may_be_coded && has_blocks(view.dtype);
     if (!is_number(view.dtype) && !may_be_coded) return false;
+    doubles += view.dtype == DType::f64;
   }
   entry->device = views[kParam].device;
   if (entry->device == kHost) {
     if (group.in_parts && !read_usual_parts(entry, views)) return false;
     return group.has_number_as_lr() && read_usual_count(entry);
   }
-  if (group.in_parts || !have_one_precision(views, streams)) return false;
+  if (group.in_parts || (doubles != 0 && doubles != streams)) return false;
   const View& grad = views[kGrad];
   entry->norm_item = {grad.data, grad.numel, 0, grad.dtype};
   if (!read_usual_count(entry)) return false;

@@ -123,7 +123,7 @@ bool TensorReader::read_attributes(PyObject* object, RawTensor* tensor, Held* he
 // False if nothing here can be done there.
 bool TensorReader::find_device(const RawTensor& tensor, bool may_ask, int* device) const {
   *device = tensor.on_cuda ? tensor.device : emulated_ ? 0 : kHost;
-  if (*device == kHost) return true;
+  if (*device == kHost || *device == found_last_) return true;
   const auto known = answers_.find(*device);
   return known != answers_.end() ? known->second.empty() : may_ask && why_not(*device).empty();
 }
@@ -131,6 +131,7 @@ bool TensorReader::find_device(const RawTensor& tensor, bool may_ask, int* devic
 const std::string& TensorReader::why_not(int device) const {
   const auto [at, is_new] = answers_.try_emplace(device, "this build has no CUDA kernels");
   if (is_new && why_not_) at->second = why_not_(device);
+  if (at->second.empty()) found_last_ = device;
   return at->second;
 }
 

@@ -99,6 +99,7 @@ class TensorReader {
   std::string (*why_not_)(int device);
   bool emulated_;
   mutable std::map<int, std::string> answers_;  // as far as it was asked
+  mutable int found_last_ = kHost;              // with kernels
 };
 
 inline bool same_shape(const View& a, const View& b) {

@@ -6,11 +6,13 @@ Devices are numbers; a negative one is the CPU, which plays a device in tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
+@cache
 def _device(index: int) -> torch.device:
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
 
