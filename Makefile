@@ -16,7 +16,7 @@ ON_DEVICES := tests/contract $(addprefix tests/test_,amp.py torch_oracle.py look
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
-.PHONY: test-ecosystem gpu-check clean
+.PHONY: test-ecosystem gpu-check gpu-rows gpu-sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -82,9 +82,17 @@ test-machines: .venv/dependencies
 test-ecosystem: .venv/ecosystem .venv/installed
 	$(RUN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS) tests/ecosystem
 
-## make gpu-check      build, test and measure the CUDA kernels, where there is a GPU; nine minutes
+## make gpu-check      build and test the CUDA kernels, where there is a GPU, in at most nine minutes
 gpu-check:
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) -m tools.gpu_check check $(ARGS)
+
+## make gpu-rows       measure what gpu-check has built, in at most nine minutes
+gpu-rows:
+	$(PYTHON) -m tools.gpu_check rows $(ARGS)
+
+## make gpu-sanitize   run it under compute-sanitizer, in at most nine minutes
+gpu-sanitize:
+	$(PYTHON) -m tools.gpu_check sanitize $(ARGS)
 
 ## make clean          remove all that was made here
 clean:

@@ -31,7 +31,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("fast_gather", &Engine::fast_gather)
       .def("is_observed", &Engine::is_observed)
       .def_property_readonly("emulated", &Engine::emulated)
-      .def("has_kernels", &Engine::has_kernels, py::arg("device"));
+      .def("why_not", &Engine::why_not, py::arg("device"));
   m.def("clip_coefficient", &fusedopt::clip_coefficient, py::arg("norm"), py::arg("max_norm"));
   m.def("isas", [] {
     py::list names;

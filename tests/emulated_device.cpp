@@ -109,12 +109,32 @@ constexpr Kernels kKernels = {
     [](const Launch&, int rule, Streams streams, const void* args, int64_t bytes, int64_t units) {
       kTable.entries[rule].update[static_cast<int>(streams)](args, bytes, units);
     },
-    [](int) { return true; },
+    [](int) { return std::string(); },
     [] { return kLargeBytes; }};
+
+// What launches nothing: what is left of a step is the host's.
+constexpr Kernels kIdle = {[](const Launch&, Norm, const void*, int64_t, int64_t) {},
+                           [](const Launch&, const FinishArgs&) {},
+                           [](const Launch&, int, Streams, const void*, int64_t, int64_t) {},
+                           [](const Launch&, int, Streams, const void*, int64_t, int64_t) {},
+                           kKernels.why_not,
+                           kKernels.largest_args};
+
+constexpr Kernels kOutdated = {kKernels.norm,
+                               kKernels.finish,
+                               kKernels.fold,
+                               kKernels.update,
+                               [](int) { return std::string("the driver is from another age"); },
+                               kKernels.largest_args};
 
 }  // namespace
 
-const Kernels* emulated_kernels() { return &kKernels; }
+const Kernels* emulated_kernels(const std::string& name) {
+  if (name == "emulated") return &kKernels;
+  if (name == "idle") return &kIdle;
+  if (name == "outdated") return &kOutdated;
+  return nullptr;
+}
 
 std::vector<std::pair<int64_t, int64_t>> ranges_of_tile(uintptr_t address, DType dtype, int width,
                                                         int64_t numel, int64_t tile) {

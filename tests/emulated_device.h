@@ -6,7 +6,8 @@
 namespace fusedopt {
 namespace cuda {
 
-const Kernels* emulated_kernels();
+// "emulated"; "idle", which launches nothing; "outdated", which takes no kernels; or null.
+const Kernels* emulated_kernels(const std::string& name);
 
 // The elements [first, second) of each group of a tile; `width` elements are a group.
 std::vector<std::pair<int64_t, int64_t>> ranges_of_tile(uintptr_t address, DType dtype, int width,

@@ -58,8 +58,10 @@ def test_gpu_check_says_why_it_cannot_run() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("it can")
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "tools.gpu_check", "check"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("gpu-check: ")

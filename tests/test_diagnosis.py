@@ -50,14 +50,17 @@ def test_report() -> None:
 
 
 def test_report_of_cuda() -> None:
-    devices = ["NVIDIA H100 (sm_90)", "NVIDIA A100 (sm_80)"]
+    devices = ["NVIDIA H100 (sm_90)", "NVIDIA V100 (sm_70)"]
+    why = ["", "cudaFuncGetAttributes on cuda:1: no kernel image"].__getitem__
     assert (
-        diagnosis._cuda("", 13000, devices)
+        diagnosis._cuda("", 13000, devices, why)
         == "no kernels in this build: torch steps parameters on cuda"
     )
-    assert diagnosis._cuda("sm_80 sm_90", 0, []) == "sm_80 sm_90; driver none; devices none"
-    report = diagnosis._cuda("sm_80 sm_90", 12040, devices)
-    assert report == f"sm_80 sm_90; driver 12.4; devices {devices[0]}, {devices[1]}"
+    assert diagnosis._cuda("sm_80 sm_90", 0, [], why) == "sm_80 sm_90; driver none; devices none"
+    report = diagnosis._cuda("sm_80 sm_90", 12040, devices, why)
+    assert report == (
+        f"sm_80 sm_90; driver 12.4; devices {devices[0]}, {devices[1]} without kernels: {why(1)}"
+    )
 
 
 def test_report_names_what_the_environment_forces() -> None:

@@ -39,8 +39,8 @@ PYTHON: Floors = (
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_pending", "clip"),
     ("_norms", "_storage"),
-    ("_engine", "_memory", "_options", "_ranks"),
-    ("_codecs", "_core", "_numeric", "_operators", "_shards"),
+    ("_engine", "_options", "_ranks"),
+    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_shards"),
 )
 
 

@@ -6,8 +6,9 @@ The exit status is 1 if a step takes more than it may; --record makes what it ta
 
 Times on a busy machine say little; valgrind counts the same instructions again and again. What is
 counted is all of `optimizer.step()` on 100 tensors of 16 elements: Python, gather and kernel, in
-the generic instruction set, since valgrind has no AVX-512. Python and torch are part of it, and
-their counts hold for one version of each: with others, the counts are printed without a verdict.
+the generic instruction set, since valgrind has no AVX-512. In a build for tests, also on a device
+whose kernels do nothing. Python and torch are part of it, and their counts hold for one version of
+each: with others, the counts are printed without a verdict.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BUILD = ROOT / "build" / "instructions"
 REQUESTS = BUILD / "libcallgrind_requests.so"
 
 OPTIMIZERS = ("SGD", "AdamW", "Lion")
+ON_DEVICE = "AdamW_on_device"
 TENSORS, ELEMENTS, STEPS = 100, 16, 10
 MARGIN = 0.05
 
@@ -47,10 +49,14 @@ def step_under_valgrind() -> None:
     import torch  # noqa: PLC0415
 
     import fusedopt  # noqa: PLC0415
+    from fusedopt import _core, _engine  # noqa: PLC0415
     from fusedopt.bench.rows import ARGUMENTS  # noqa: PLC0415
 
     callgrind = ctypes.CDLL(str(REQUESTS))
-    for name in OPTIMIZERS:
+    for row in (*OPTIMIZERS, *([ON_DEVICE] if _core.emulated_device else [])):
+        name = row.partition("_")[0]
+        if row == ON_DEVICE:
+            _engine.engine = _core.Engine(device="idle")
         params = [torch.ones(ELEMENTS, requires_grad=True) for _ in range(TENSORS)]
         for p in params:
             p.grad = torch.ones(ELEMENTS)
@@ -60,7 +66,7 @@ def step_under_valgrind() -> None:
         callgrind.start()
         for _ in range(STEPS):
             optimizer.step()
-        callgrind.stop(name.encode())
+        callgrind.stop(row.encode())
 
 
 def count() -> dict[str, int]:
@@ -89,7 +95,7 @@ def count() -> dict[str, int]:
         total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
         if trigger and total:
             counts[trigger[1]] = round(int(total[1]) / STEPS / TENSORS)
-    return {name: counts[name] for name in OPTIMIZERS}
+    return {row: counts[row] for row in (*OPTIMIZERS, ON_DEVICE) if row in counts}
 
 
 def main() -> int:
@@ -110,7 +116,7 @@ def main() -> int:
         bound = round(data["instructions_a_tensor"][name] * (1 + data["margin"]))
         more = comparable and number > bound
         failed |= more
-        print(f"  {name:<6} {number:>6}, may be {bound}{': TOO MANY' if more else ''}")
+        print(f"  {name:<15} {number:>6}, may be {bound}{': TOO MANY' if more else ''}")
     if not comparable:
         print(f"no verdict: the bounds are for {data['environment']}, this is {here}")
     if failed:

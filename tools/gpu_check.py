@@ -1,15 +1,20 @@
 """Builds the CUDA kernels on a machine with a GPU, tests them there, and measures them.
 
-    make gpu-check
+    make gpu-check       build and test
+    make gpu-rows        measure what gpu-check has built
+    make gpu-sanitize    run it under compute-sanitizer
 
-Nothing is downloaded: PyTorch with CUDA, numpy, pytest, scikit-build-core, pybind11, ninja and nvcc
-have to be there already. It takes at most nine minutes, and writes what it found to
-benchmarks/results/<name of the GPU>.json: figures as they were measured, beside those asked for.
+Each takes less than nine minutes, and nothing is downloaded. What was found is in
+benchmarks/results/<name of the GPU>.json after each step and each row, and in the folder that $OUT
+names, if it is set. With --rehearse, all but nvcc and compute-sanitizer is run without a GPU, on
+tiny rows: a build for tests has a device that the CPU plays.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,13 +24,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from tools.gpu_rows import compare, print_asked
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "gpu"
-NEEDED = ("torch", "numpy", "pip", "pytest", "scikit_build_core", "pybind11", "ninja")
-MOST_SECONDS = 9 * 60
+RESULTS = ROOT / "benchmarks" / "results"
+REHEARSED = ROOT / "build"
+SECONDS = 8.5 * 60
+# What has to be there, and which version of it at least.
+IMPORTED = ("torch", "numpy", "pytest", "hypothesis")
+TO_BUILD = {"pip": "22", "scikit-build-core": "0.11", "pybind11": "3.0", "ninja": "1"}
+NVCC, CMAKE = "12", "3.20"
 
 SANITIZED = """
 import torch, fusedopt
@@ -40,112 +53,24 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
             optimizer.step()
         assert float(optimizer.grad_norm) > 0
 """
+# Importing torch makes calls that fail by design. In memory that torch caches, a write past the end
+# of a tensor is inside of some other.
+TOOLS = {
+    "memcheck": (["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+    "racecheck": ([], {}),
+}
 
 
-class Asked(NamedTuple):
-    """A row, and what it is to reach."""
-
-    model: str
-    optimizer: str
-    mode: str
-    dtype: str
-    peer: str
-    """The contestant whose time is divided by fusedopt's; empty for the share of the bandwidth."""
-    least: float
-
-
-ASKED = [
-    Asked("1 x 100M", "AdamW", "plain", "float32", "", 0.90),
-    Asked("1 x 100M", "AdamW", "plain", "float32", "torch fused", 1.0),
-    Asked("1 x 100M", "AdamW", "clip", "float32", "torch fused", 1.2),
-    Asked("1 x 100M", "SGD", "plain", "bfloat16", "torch fused", 1.2),
-    Asked("1 x 100M", "RMSprop", "plain", "float32", "torch foreach", 2.5),
-    Asked("1 x 100M", "Lion", "plain", "float32", "lion-pytorch", 1.0),
-    Asked("ResNet-50", "AdamW", "plain", "float32", "torch fused", 1.5),
-    Asked("2000 x 1K", "AdamW", "plain", "float32", "torch fused", 3.0),
-]
+# ---- what has to be there --------------------------------------------------------------------
 
 
 def stop(text: str) -> None:
-    print(f"gpu-check: {text}", file=sys.stderr)
+    print(f"gpu-check: {text}; nothing was run", file=sys.stderr)
     raise SystemExit(2)
 
 
-def require_a_gpu() -> None:
-    """Stop with what is missing, before anything takes time."""
-    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        stop(f"{', '.join(absent)} not installed for {sys.executable}; nothing was run")
-    import torch  # noqa: PLC0415  (may be absent)
-
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = "no GPU or no driver" if built else "this PyTorch is a build without CUDA"
-        stop(f"torch.cuda finds no GPU here ({why}); nothing was run")
-    if not os.environ.get("CUDACXX") and shutil.which("nvcc") is None:
-        stop("no nvcc: install the CUDA toolkit, or name it by CUDACXX; nothing was run")
-
-
-class Steps:
-    """Runs one command after the other, within the time there is."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.outcomes: dict[str, str] = {}
-        path = os.pathsep.join(p for p in (str(SITE), os.environ.get("PYTHONPATH")) if p)
-        self.environment = {**os.environ, "PYTHONPATH": path}
-
-    def left(self) -> float:
-        return MOST_SECONDS - (time.monotonic() - self.start)
-
-    def run(self, name: str, command: list[str], reserve: float = 0) -> bool:
-        """Run a command, which leaves so many seconds to those after it."""
-        print(f"\n==== {name} ({self.left():.0f} s left)", flush=True)
-        begin = time.monotonic()
-        try:
-            running = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, start_new_session=True
-            )
-            status = running.wait(timeout=max(1, self.left() - reserve))
-            outcome = "passed" if status == 0 else f"failed ({status})"
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # with all that it has started
-            running.wait()
-            outcome = "ran out of time"
-        self.outcomes[name] = f"{outcome}, {time.monotonic() - begin:.0f} s"
-        print(f"==== {name}: {self.outcomes[name]}", flush=True)
-        return outcome == "passed"
-
-
-def build(steps: Steps) -> bool:
-    import torch  # noqa: PLC0415
-
-    shutil.rmtree(SITE, ignore_errors=True)
-    major, minor = torch.cuda.get_device_capability()
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", f"--target={SITE}"]
-    options += ["-Ccmake.define.FUSEDOPT_CUDA=ON", "-Cbuild-dir=build/gpu-objects"]
-    options += ["-Ccmake.define.FUSEDOPT_EMULATED_DEVICE=ON"]  # tests ask it for its arithmetic
-    options += [f"-Ccmake.define.FUSEDOPT_CUDA_ARCHS={major}{minor}"]
-    return steps.run("build", [sys.executable, "-m", "pip", "install", *options, "."])
-
-
-def measure() -> None:
-    """Measure the rows and write the results; run in a process of its own, with the new build."""
-    import torch  # noqa: PLC0415
-
-    from fusedopt.bench.contestants import contestants  # noqa: PLC0415
-    from fusedopt.bench.measure import measure as measure_row  # noqa: PLC0415
-    from fusedopt.bench.results import Report, machine  # noqa: PLC0415
-    from fusedopt.bench.rows import Row  # noqa: PLC0415
-
-    report = Report(machine("cuda"))
-    entrants = contestants("", quick=True)
-    report.missing = {each.name: each.missing for each in entrants if each.missing}
-    for model, optimizer, mode, dtype in dict.fromkeys(asked[:4] for asked in ASKED):
-        row = Row(model, optimizer, mode, getattr(torch, dtype), threads=1, device="cuda")
-        print(row, flush=True)
-        report.rows.append(measure_row(row, entrants, budget=8.0))
-        torch.cuda.empty_cache()
-    report.write(SITE / "rows.json")
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
 
 def output_of(*command: str) -> str:
@@ -156,85 +81,202 @@ def output_of(*command: str) -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_results(steps: Steps) -> Path:
-    import torch  # noqa: PLC0415
-
-    rows = SITE / "rows.json"
-    report = json.loads(rows.read_text()) if rows.exists() else {"rows": []}
-    name = torch.cuda.get_device_name()
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    results = {
-        "device": name,
-        "devices": torch.cuda.device_count(),
-        "driver": driver.split("\n")[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": output_of("git", "describe", "--always", "--dirty"),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "steps": steps.outcomes,
-        "asked": list(compare(report["rows"])),
-        "report": report,
-    }
-    path = ROOT / "benchmarks" / "results" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return path
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def compare(rows: list[dict[str, Any]]) -> Any:
-    """Yield each figure asked for beside the one measured; None where there is none."""
-    for asked in ASKED:
-        measured, milliseconds = None, None
-        for row in rows:
-            if (row["model"], row["optimizer"], row["mode"], row["dtype"]) != asked[:4]:
-                continue
-            timings = {each["name"]: each for each in row["timings"] if not each["failed"]}
-            if "fusedopt" in timings:
-                milliseconds = timings["fusedopt"]["milliseconds"]
-                if not asked.peer:
-                    measured = timings["fusedopt"]["share_of_limit"]
-                elif asked.peer in timings:
-                    measured = timings[asked.peer]["ratio"]
-        yield {**asked._asdict(), "measured": measured, "milliseconds": milliseconds}
+def missing(builds: bool) -> list[str]:
+    """Return what is not there, or too old."""
+    absent = [name for name in IMPORTED if importlib.util.find_spec(name) is None]
+    if not builds:
+        return absent
+    nvcc = re.search(r"release ([\d.]+)", output_of(os.environ.get("CUDACXX", "nvcc"), "--version"))
+    cmake = re.search(r"version ([\d.]+)", output_of("cmake", "--version"))
+    found = {name: (version_of(name), least) for name, least in TO_BUILD.items()}
+    found["nvcc (or CUDACXX)"] = (nvcc and nvcc[1], NVCC)
+    found["cmake"] = (cmake and cmake[1], CMAKE)
+    for name, (version, least) in found.items():
+        if version is None:
+            absent.append(name)
+        elif numbers(version) < numbers(least):
+            absent.append(f"{name} >= {least} (here {version})")
+    return absent
 
 
-def print_table(path: Path) -> None:
-    results = json.loads(path.read_text())
-    print(f"\n{results['device']}, torch {results['torch']}, driver {results['driver']}")
-    for step, outcome in results["steps"].items():
-        print(f"{step:<24} {outcome}")
-    print(f"\n{'row':<36} {'against':<20} {'asked':>6} {'measured':>9}")
-    for row in results["asked"]:
-        name = f"{row['model']}, {row['optimizer']}, {row['mode']}, {row['dtype']}"
-        against = row["peer"] or "bandwidth of a copy"
-        measured = "none" if row["measured"] is None else f"{row['measured']:.2f}"
-        short = row["measured"] is not None and row["measured"] < row["least"]
-        print(f"{name:<36} {against:<20} {row['least']:>6.2f} {measured:>9}{' SHORT' * short}")
-    print(f"\nwritten to {path.relative_to(ROOT)}")
+def require(builds: bool, on_gpu: bool) -> None:
+    """Stop with what is missing, before anything takes time."""
+    if absent := missing(builds):
+        stop(f"not installed for {sys.executable}: {', '.join(absent)}")
+    if on_gpu:
+        import torch  # noqa: PLC0415  (may be absent)
+
+        if not torch.cuda.is_available():
+            built = torch.version.cuda
+            why = "no GPU or no driver" if built else "this PyTorch is a build without CUDA"
+            stop(f"torch.cuda finds no GPU here ({why})")
 
 
-def main() -> None:
-    require_a_gpu()
-    steps = Steps()
-    passed = build(steps)
-    if passed:
-        pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=30", "--device", "cuda"]
-        tests = [*pytest, "tests/gpu", "tests/device"]
-        passed &= steps.run("tests on the GPU", tests, reserve=180)
-        passed &= steps.run("benchmark", [sys.executable, __file__, "measure"], reserve=60)
-        sanitizer = shutil.which("compute-sanitizer")
-        for tool in ("memcheck", "racecheck"):
-            if sanitizer is None:
-                steps.outcomes[tool] = "not run: no compute-sanitizer"
-                continue
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-            passed &= steps.run(tool, [*command, sys.executable, "-c", SANITIZED])
-    print_table(write_results(steps))
-    raise SystemExit(0 if passed else 1)
+# ---- what was found --------------------------------------------------------------------------
+
+
+class Results:
+    """The file of one GPU, or of a rehearsal; of one commit, to which all commands add."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        import torch  # noqa: PLC0415  (may be absent)
+
+        name = torch.cuda.get_device_name() if on_gpu else "rehearsal"
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts = {
+            "device": name,
+            "devices": torch.cuda.device_count(),
+            "driver": driver.split("\n")[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "commit": output_of("git", "describe", "--always", "--dirty"),
+        }
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", name).lower()
+        self.path = (RESULTS if on_gpu else REHEARSED) / f"{plain}.json"
+        found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if any(found.get(key) != value for key, value in facts.items()):
+            found = {}
+        self.data: dict[str, Any] = {"steps": {}, "report": {"rows": []}, **found, **facts}
+
+    def save(self) -> None:
+        """Write all that is known, and copy it to where it is wanted."""
+        self.data["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        self.data["asked"] = list(compare(self.data["report"]["rows"]))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_suffix(".part")  # so that whoever is stopped leaves a whole file
+        whole.write_text(json.dumps(self.data, indent=1) + "\n")
+        whole.replace(self.path)
+        if out := os.environ.get("OUT"):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.path, out)
+
+    def reread(self) -> None:
+        """Take what another process has added."""
+        if self.path.exists():
+            self.data["report"] = json.loads(self.path.read_text())["report"]
+
+
+class Steps:
+    """Runs one command after the other, within the time there is, and keeps what became of each."""
+
+    def __init__(self, results: Results, seconds: float) -> None:
+        self.results, self.end = results, time.monotonic() + seconds
+        self.passed = True
+        path = os.pathsep.join(p for p in (str(SITE), os.environ.get("PYTHONPATH")) if p)
+        # Plugins that others have installed may warn, and warnings are errors.
+        self.environment = {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def note(self, name: str, outcome: str) -> None:
+        self.passed &= outcome.startswith("passed")
+        self.results.data["steps"][name] = outcome
+        self.results.save()
+        print(f"==== {name}: {outcome}", flush=True)
+
+    def run(self, name: str, command: list[str], **environment: str) -> bool:
+        """Run a command, and end it with the time."""
+        left = self.left()
+        if left < 1:
+            self.note(name, "not run: no time left")
+            return False
+        print(f"\n==== {name} ({left:.0f} s left)", flush=True)
+        begin = time.monotonic()
+        self.results.data["steps"][name] = "was interrupted"  # unless this goes on
+        self.results.save()
+        running = subprocess.Popen(
+            command, cwd=ROOT, env={**self.environment, **environment}, start_new_session=True
+        )
+        try:
+            status = running.wait(timeout=left)
+            outcome = "passed" if status == 0 else f"failed ({status})"
+        except subprocess.TimeoutExpired:
+            outcome = "ran out of time"
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)  # with all that it has started
+                running.wait()
+        self.results.reread()
+        self.note(name, f"{outcome}, {time.monotonic() - begin:.0f} s")
+        return outcome == "passed"
+
+
+# ---- the commands ----------------------------------------------------------------------------
+
+
+def build_command() -> list[str]:
+    import torch  # noqa: PLC0415  (may be absent)
+
+    major, minor = torch.cuda.get_device_capability()
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--upgrade"]
+    options += [f"--target={SITE}", "-Cbuild-dir=build/gpu-objects"]
+    options += ["-Ccmake.define.FUSEDOPT_CUDA=ON"]
+    options += ["-Ccmake.define.FUSEDOPT_EMULATED_DEVICE=ON"]  # tests ask it for its arithmetic
+    options += [f"-Ccmake.define.FUSEDOPT_CUDA_ARCHS={major}{minor}"]
+    return [sys.executable, "-m", "pip", "install", *options, "."]
+
+
+def check(steps: Steps, on_gpu: bool, tests: list[str]) -> None:
+    """Build and test."""
+    looks = [sys.executable, "-c", "from fusedopt import _core; assert _core.emulated_device"]
+    if steps.run("build", build_command() if on_gpu else looks):
+        device = "cuda" if on_gpu else "emulated"
+        pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=30", "--device", device]
+        steps.run("tests on the GPU", [*pytest, *(tests or ["tests/gpu", "tests/device"])])
+
+
+def rows(steps: Steps, on_gpu: bool, tests: list[str]) -> None:
+    """Measure."""
+    del tests
+    steps.results.data["report"] = {"rows": []}
+    command = [sys.executable, "-m", "tools.gpu_rows", str(steps.results.path)]
+    steps.run("rows", [*command, f"{steps.left() - 10:.0f}", *([] if on_gpu else ["--rehearse"])])
+    print_asked(steps.results.data["asked"])
+
+
+def sanitize(steps: Steps, on_gpu: bool, tests: list[str]) -> None:
+    """Look for accesses out of bounds, and races."""
+    del tests, on_gpu
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool, (options, environment) in TOOLS.items():
+        if sanitizer is None:
+            steps.note(tool, "not run: no compute-sanitizer")
+            continue
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *options]
+        steps.run(tool, [*command, sys.executable, "-c", SANITIZED], **environment)
+
+
+COMMANDS: dict[str, Callable[[Steps, bool, list[str]], None]] = {
+    "check": check,
+    "rows": rows,
+    "sanitize": sanitize,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="the time there is")
+    parser.add_argument("tests", nargs="*", help="for check: which ones")
+    options = parser.parse_intermixed_args(arguments)
+    on_gpu = not options.rehearse
+    require(builds=on_gpu and options.command == "check", on_gpu=on_gpu)
+    steps = Steps(Results(on_gpu), options.seconds)
+    COMMANDS[options.command](steps, on_gpu, options.tests)
+    print(f"\n{steps.results.data['device']}: what was found is in {steps.results.path}")
+    for name, outcome in steps.results.data["steps"].items():
+        print(f"{name:<24} {outcome}")
+    return 0 if steps.passed else 1
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["measure"]:
-        measure()
-    else:
-        main()
+    sys.exit(main())

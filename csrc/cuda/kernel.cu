@@ -207,22 +207,21 @@ void launch_rule_update(const Launch& at, int rule, Streams streams, const void*
   kTable.entries[rule].update[static_cast<int>(streams)](at, args, bytes, units);
 }
 
-bool runs_on(int device) try {
+std::string why_not(int device) try {
   const Guard guard(device);
   cudaFuncAttributes attributes;
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(finish_kernel<Norm::two>));
+  const auto* const kernel = reinterpret_cast<const void*>(finish_kernel<Norm::two>);
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", device);
+  return "";
+} catch (const std::runtime_error& error) {
   (void)cudaGetLastError();  // or the next call of others would find it
-  return error == cudaSuccess;
-} catch (const std::runtime_error&) {
-  (void)cudaGetLastError();
-  return false;
+  return error.what();
 }
 
 int64_t largest_args() { return driver_version() >= 12010 ? kLargestArgs : kSmallBytes; }
 
 constexpr Kernels kKernels = {launch_norm,        launch_finish, launch_rule_fold,
-                              launch_rule_update, runs_on,       largest_args};
+                              launch_rule_update, why_not,       largest_args};
 
 }  // namespace
 

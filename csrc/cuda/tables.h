@@ -4,6 +4,8 @@
 // the device. Plain structs, the same for the host and every device.
 #pragma once
 
+#include <string>
+
 #include "engine/job.h"
 #include "engine/verdict.h"
 
@@ -128,7 +130,7 @@ struct Kernels {
                int64_t items);
   void (*update)(const Launch&, int rule, Streams streams, const void* args, int64_t bytes,
                  int64_t units);
-  bool (*runs_on)(int device);  // whether it and its driver take these kernels
+  std::string (*why_not)(int device);  // it or its driver does not take these kernels; or empty
   int64_t (*largest_args)();
 };
 

@@ -1,8 +1,8 @@
 // How a stored element becomes a compute element and back, rounding to nearest even, one by one and
 // in tiles. A rule never sees a stored type. 16-bit elements convert through float, for double too,
-// as torch's own casts do. (The same conversions for whole registers, with the same bits: of float16
-// in vec.h, of bfloat16 in vec16.h, of what takes two arrays or random bits in vec_codec.h.) Included
-// inside a back end's namespace.
+// as torch's own casts do. (The same conversions for whole registers, with the same bits: of
+// float16 in vec.h, of bfloat16 in vec16.h, of what takes two arrays or random bits in
+// vec_codec.h.) Included inside a back end's namespace.
 #pragma once
 
 template <class To, class From>

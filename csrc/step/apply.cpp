@@ -25,7 +25,11 @@ py::tuple Engine::norm(const py::sequence& tensors, double order, int threads) c
     const bool readable = reader_.read(tensor.ptr(), &view, &held) && !view.is_local_part;
     if (readable && view.device == kHost) {
       set_norm(view, &layouts, &jobs.emplace_back());
-    } else if (readable && common_layout(&view, 1).empty()) {
+    } else if (readable) {
+      if (!common_layout(&view, 1).empty()) {
+        held.push_back(device_memory().attr("without_gaps")(tensor));
+        reader_.read(held.back().ptr(), &view, &held);
+      }
       items[view.device].push_back({view.data, view.numel, 0, view.dtype});
     } else {
       others.append(tensor);
@@ -33,7 +37,8 @@ py::tuple Engine::norm(const py::sequence& tensors, double order, int threads) c
   }
   py::list sums;
   for (const auto& [device, some] : items) {
-    sums.append(DeviceQueue(*device_kernels_, reader_, device).sum(norm, some));
+    int64_t bytes = 0;
+    sums.append(DeviceQueue(*device_kernels_, reader_, device, &bytes).sum(norm, some));
   }
   double sum;
   {
@@ -108,9 +113,11 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     if (jobs[0].layout || !cuda::can_access(jobs[0], &streams)) {
       throw py::value_error("no kernel of a device takes tensors of these strides and dtypes");
     }
-    const DeviceQueue queue(*device_kernels_, reader_, views[0].device);
+    int64_t bytes = 0;
+    DeviceQueue queue(*device_kernels_, reader_, views[0].device, &bytes);
     const int number = static_cast<int>(&rule - kernels_.rules);
     queue.update({{number, rule.scalars, &jobs[0], grad_scale, {}}}, /*in_order=*/false);
+    queue.launch();
     return;
   }
   py::gil_scoped_release unlocked;

@@ -1,80 +1,157 @@
 #include "step/device_queue.h"
 
+#include <algorithm>
+#include <utility>
+
 namespace fusedopt {
 
-template <class T>
-static T* pointer(const py::object& tensor) {
-  return reinterpret_cast<T*>(py::cast<uintptr_t>(tensor.attr("data_ptr")()));
+py::handle device_memory() {
+  static PyObject* const module = py::module_::import("fusedopt._memory").release().ptr();
+  return module;
 }
+
+// ---- memory -------------------------------------------------------------------------------------
 
 // Torch's allocator hands out memory in the order of the stream: what is let go after a step is
 // used anew by later work only.
-static cuda::Memory make_memory(const py::object& memory, int place, bool is_capturing,
-                                const std::shared_ptr<Held>& held) {
-  const auto keep = [held](const py::object& tensor) {
-    held->push_back(tensor);
-    return pointer<char>(tensor);
-  };
+char* DeviceQueue::keep(const py::object& tensor) {
+  held_.push_back(tensor);
+  return reinterpret_cast<char*>(py::cast<uintptr_t>(tensor.attr("data_ptr")()));
+}
+
+// All that a step takes is one piece of memory, if it takes as much as the last one.
+char* DeviceQueue::allocate(int64_t bytes) {
+  constexpr int64_t kAligned = 256;
+  bytes = (bytes + kAligned - 1) / kAligned * kAligned;
+  if (bytes > left_) {
+    left_ = std::max(bytes, *usual_bytes_ - bytes_);
+    free_ = keep(device_memory().attr("empty")(place_, left_));
+  }
+  char* const memory = free_;
+  free_ += bytes;
+  left_ -= bytes;
+  bytes_ += bytes;
+  return memory;
+}
+
+cuda::Memory DeviceQueue::memory() {
   cuda::Memory result;
-  result.allocate = [=](int64_t bytes) { return keep(memory.attr("empty")(place, bytes)); };
+  result.allocate = [this](int64_t bytes) { return allocate(bytes); };
   // A graph would read the host's copy again whenever it is replayed.
-  if (!is_capturing) {
-    result.upload = [=](const std::string& bytes) {
-      return keep(memory.attr("upload")(place, py::bytes(bytes)));
+  if (!is_capturing_) {
+    result.upload = [this](const std::string& bytes) {
+      return keep(device_memory().attr("upload")(place_, py::bytes(bytes)));
     };
   }
   return result;
 }
 
-DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reader, int device)
+// ---- launches -----------------------------------------------------------------------------------
+
+// Takes note of a launch, make(kernels, at), in place of making it.
+template <class Make>
+void DeviceQueue::later(const cuda::Launch& at, Make make) {
+  Launches& all = *static_cast<Launches*>(at.stream);
+  all.waiting.emplace_back([&all, make = std::move(make)] { make(all.kernels, all.at); });
+}
+
+static std::string copy_of(const void* args, int64_t bytes) {
+  return std::string(static_cast<const char*>(args), static_cast<size_t>(bytes));
+}
+
+cuda::Kernels DeviceQueue::recording(const cuda::Kernels& kernels) {
+  using cuda::Launch;
+  cuda::Kernels recording = kernels;
+  recording.norm = [](const Launch& at, Norm norm, const void* args, int64_t bytes, int64_t units) {
+    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
+      made.norm(there, norm, copy.data(), bytes, units);
+    });
+  };
+  recording.finish = [](const Launch& at, const cuda::FinishArgs& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) { made.finish(there, args); });
+  };
+  recording.fold = [](const Launch& at, int rule, cuda::Streams streams, const void* args,
+                      int64_t bytes, int64_t items) {
+    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
+      made.fold(there, rule, streams, copy.data(), bytes, items);
+    });
+  };
+  recording.update = [](const Launch& at, int rule, cuda::Streams streams, const void* args,
+                        int64_t bytes, int64_t units) {
+    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
+      made.update(there, rule, streams, copy.data(), bytes, units);
+    });
+  };
+  return recording;
+}
+
+void DeviceQueue::launch() {
+  if (launches_.waiting.empty()) return;
+  py::gil_scoped_release unlocked;
+  for (const auto& make : launches_.waiting) make();
+  launches_.waiting.clear();
+}
+
+// ---- what a step does ---------------------------------------------------------------------------
+
+static bool is_captured(int place) {
+  return py::cast<bool>(device_memory().attr("is_capturing")(place));
+}
+
+DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reader, int device,
+                         int64_t* usual_bytes)
     : device_(device),
       place_(reader.emulated() ? kHost : device),
-      memory_(py::module_::import("fusedopt._memory")),
-      is_capturing_(py::cast<bool>(memory_.attr("is_capturing")(place_))),
-      held_(std::make_shared<Held>()),
-      queue_(kernels, {device, reader.current_stream(device)},
-             make_memory(memory_, place_, is_capturing_, held_)) {}
+      is_capturing_(is_captured(place_)),
+      usual_bytes_(usual_bytes),
+      launches_{kernels, {device, reader.current_stream(device)}, {}},
+      recording_(recording(kernels)),
+      queue_(recording_, {device, &launches_}, memory()) {}
 
-py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items) const {
-  const py::object result = memory_.attr("scalar")(place_, "float64");
+DeviceQueue::~DeviceQueue() { *usual_bytes_ = bytes_; }
+
+py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items) {
+  const py::object result = device_memory().attr("scalar")(place_, "float64");
   cuda::FinishArgs args{};
-  args.sum = pointer<double>(result);
+  args.sum = reinterpret_cast<double*>(keep(result));
   queue_.norm(norm, items, args);
+  launch();
   return result;
 }
 
-void DeviceQueue::decide(const py::object& scaling, double sum, const py::list& sums,
+void DeviceQueue::decide(const AskedScaling& scaling, double sum, const py::list& sums,
                          const std::vector<cuda::NormItem>& items) {
-  const auto keep = [&](const py::object& tensor) {
-    held_->push_back(tensor);
-    return pointer<double>(tensor);
+  const auto gather = [&](const py::object& numbers) {
+    return reinterpret_cast<double*>(keep(device_memory().attr("gather")(numbers, place_)));
   };
   cuda::FinishArgs args{};
   // A number, or where the device finds it.
-  const auto number = [&](const char* name, double* value, const double** place) {
-    const py::object source = scaling.attr(name);
+  const auto number = [&](py::handle source, double* value, const double** place) {
     if (PyFloat_Check(source.ptr())) {
       *value = py::cast<double>(source);
     } else if (!source.is_none()) {
-      *place = keep(memory_.attr("gather")(py::make_tuple(source), place_));
+      *place = gather(py::make_tuple(source));
     }
   };
   double none = 0;
-  number("unscale", &args.scaling.unscale, &args.unscale);
-  number("coefficient", &args.scaling.coefficient, &args.coefficient);
-  number("skip", &none, &args.skip);
-  args.scaling.skip_nonfinite = py::cast<bool>(scaling.attr("skip_nonfinite"));
-  const py::object max_norm = scaling.attr("max_norm");
-  args.scaling.clip = !max_norm.is_none();
-  if (args.scaling.clip) args.scaling.max_norm = py::cast<double>(max_norm);
+  number(scaling.unscale, &args.scaling.unscale, &args.unscale);
+  number(scaling.coefficient, &args.scaling.coefficient, &args.coefficient);
+  number(scaling.skip, &none, &args.skip);
+  args.scaling.skip_nonfinite = scaling.skip_nonfinite;
+  args.scaling.clip = scaling.clips();
+  if (args.scaling.clip) args.scaling.max_norm = py::cast<double>(scaling.max_norm);
   args.host_sum = sum;
   args.sum_count = static_cast<int64_t>(sums.size());
-  if (args.sum_count) args.sums = keep(memory_.attr("gather")(sums, place_));
+  if (args.sum_count) args.sums = gather(sums);
   args.decision = decision_ = queue_.allocate<cuda::Decision>(1);
-  norm_result_ = memory_.attr("scalar")(place_, "float32");
-  skipped_result_ = memory_.attr("scalar")(place_, "float32");
-  args.norm_result = pointer<float>(norm_result_);
-  args.skipped_result = pointer<float>(skipped_result_);
+  // What is returned outlives the step's memory.
+  const auto result = [&](bool is_asked, py::object* tensor) {
+    if (!is_asked) return queue_.allocate<float>(1);
+    *tensor = device_memory().attr("scalar")(place_, "float32");
+    return reinterpret_cast<float*>(keep(*tensor));
+  };
+  args.norm_result = result(scaling.needs_norm(), &norm_result_);
+  args.skipped_result = result(scaling.may_skip(), &skipped_result_);
   queue_.norm(Norm::two, items, args);
 }
 

@@ -3,25 +3,49 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "step/device_queue.h"
 #include "step/plan.h"
 
 namespace fusedopt {
 
-std::vector<int> StepPlan::devices() const {
+size_t StepPlan::count_on(int device) {
+  if (places_.empty()) {
+    size_t* count = nullptr;
+    int last = kHost;
+    for (const Entry& entry : memory_.entries) {
+      if (!count || entry.device != last) count = &places_[last = entry.device];
+      ++*count;
+    }
+  }
+  const auto place = places_.find(device);
+  return place == places_.end() ? 0 : place->second;
+}
+
+std::vector<int> StepPlan::devices() {
   std::vector<int> devices;
-  for (const Entry& entry : memory_.entries) {
-    const bool known = std::count(devices.begin(), devices.end(), entry.device) != 0;
-    if (entry.device != kHost && !known) devices.push_back(entry.device);
+  (void)count_on(kHost);
+  for (const auto& [device, count] : places_) {
+    if (device != kHost) devices.push_back(device);
   }
   return devices;
 }
 
-std::vector<Job> StepPlan::jobs_on(int device) const {
+std::vector<Job> StepPlan::jobs_on(int device) {
   std::vector<Job> jobs;
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     if (memory_.entries[i].device == device) jobs.push_back(memory_.jobs[i]);
   }
   return jobs;
+}
+
+bool StepPlan::share_memory(int device) {
+  OnDevice& there = *on(device);
+  if (!there.knows) {
+    const bool all_there = count_on(device) == memory_.jobs.size();
+    there.shares = there.overlaps.any(all_there ? memory_.jobs : jobs_on(device));
+    there.knows = true;
+  }
+  return there.shares;
 }
 
 void StepPlan::refuse_to_be_captured() const {
@@ -37,9 +61,15 @@ void StepPlan::refuse_to_be_captured() const {
           "a graph cannot capture a step that the CPU counts: the step of " + entry.name("") +
           " would be the same at each replay; pass capturable=True, or do not capture it");
     }
-    if (group.counts_steps && entry.count.device == kHost && !entry.is_new) {
+    if (entry.lacks_state) {
+      throw std::runtime_error("a graph cannot capture the first step of " + entry.name("") +
+                               ", since each replay would make its state anew; take one step "
+                               "before the capture");
+    }
+    if (entry.has_to_move) {
       throw std::runtime_error("the step of " + entry.name("") +
-                               " is still counted on the CPU; take a step before the capture");
+                               " is not yet a float32 on its device; take one step before the "
+                               "capture");
     }
   }
 }
@@ -50,8 +80,9 @@ bool StepPlan::skips_on_host() const {
   });
 }
 
-std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
+std::vector<cuda::NormItem> StepPlan::norm_items(int device) {
   std::vector<cuda::NormItem> items;
+  items.reserve(count_on(device));
   for (const Entry& entry : memory_.entries) {
     if (entry.device == device && !entry.sums_elsewhere) items.push_back(entry.norm_item);
   }
@@ -63,6 +94,7 @@ std::vector<cuda::NormItem> StepPlan::norm_items(int device) const {
 
 std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
   std::vector<cuda::Update> updates;
+  updates.reserve(count_on(device));
   const Group* group = nullptr;
   cuda::Clock clock;
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
@@ -76,8 +108,8 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
       } else {
         View lr = params_.read_held(group->lr);
         if (lr.device != device) {
-          const auto memory = py::module_::import("fusedopt._memory");
-          lr = params_.read_held(memory.attr("gather")(py::make_tuple(group->lr), device));
+          const py::tuple numbers = py::make_tuple(group->lr);
+          lr = params_.read_held(device_memory().attr("gather")(numbers, device));
         }
         clock.lr = lr.data;
         clock.lr_is_double = lr.dtype == DType::f64;
@@ -93,8 +125,9 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
 }
 
 std::vector<cuda::Update> StepPlan::updates_after(int device) const {
-  const Rule& rule = find_rule(kernels_, "lookahead", 0);
   std::vector<cuda::Update> updates;
+  if (jobs_after_.empty()) return updates;
+  const Rule& rule = find_rule(kernels_, "lookahead", 0);
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     const Job* then = memory_.jobs[i].then;
     if (memory_.entries[i].device != device || !then) continue;

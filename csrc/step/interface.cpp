@@ -13,20 +13,28 @@
 
 namespace fusedopt {
 
+// Kernels that the CPU plays, in a build for tests; or null.
+static const cuda::Kernels* played_kernels(const std::string& device) {
+#if defined(FUSEDOPT_EMULATED_DEVICE)
+  return cuda::emulated_kernels(device);
+#else
+  (void)device;
+  return nullptr;
+#endif
+}
+
 static const cuda::Kernels* device_kernels(const std::string& device) {
   if (device == "cuda") return cuda::compiled_kernels();
-#if defined(FUSEDOPT_EMULATED_DEVICE)
-  if (device == "emulated") return cuda::emulated_kernels();
-#endif
   if (device == "none") return nullptr;
+  if (const cuda::Kernels* const kernels = played_kernels(device)) return kernels;
   throw py::value_error("device is '" + device + "', expected one of: cuda, none");
 }
 
 Engine::Engine(const std::string& isa, bool fast_gather, const std::string& device)
     : kernels_(isa.empty() ? *available_kernels().front() : kernels_named(isa)),
       device_kernels_(device_kernels(device)),
-      reader_(fast_gather, device_kernels_ ? device_kernels_->runs_on : nullptr,
-              device == "emulated"),
+      reader_(fast_gather, device_kernels_ ? device_kernels_->why_not : nullptr,
+              played_kernels(device) != nullptr),
       spare_(std::make_unique<PlanMemory>()) {}
 
 Engine::~Engine() = default;
@@ -48,40 +56,37 @@ static double wait_for(const py::handle number) {
                                                       : number.attr("item")());
 }
 
-// Whether it takes Python to know them, or a device.
-static bool has_tensors(const py::object& scaling) {
-  return !scaling.attr("skip").is_none() || !PyFloat_Check(scaling.attr("unscale").ptr()) ||
-         !PyFloat_Check(scaling.attr("coefficient").ptr());
-}
-
-static Scaling read_scaling(const py::object& source) {
+static Scaling read_scaling(const AskedScaling& asked) {
   Scaling scaling;
-  scaling.unscale = wait_for(source.attr("unscale"));
-  scaling.coefficient = wait_for(source.attr("coefficient"));
-  scaling.skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
-  const py::object max_norm = source.attr("max_norm");
-  scaling.clip = !max_norm.is_none();
-  if (scaling.clip) scaling.max_norm = py::cast<double>(max_norm);
+  scaling.unscale = wait_for(asked.unscale);
+  scaling.coefficient = wait_for(asked.coefficient);
+  scaling.skip_nonfinite = asked.skip_nonfinite;
+  scaling.clip = asked.clips();
+  if (scaling.clip) scaling.max_norm = py::cast<double>(asked.max_norm);
   return scaling;
 }
 
+// Whether it is known, or may be waited for, that there is to be no step.
+static bool is_to_skip(const AskedScaling& asked) {
+  return !asked.skip.is_none() && wait_for(asked.skip) != 0;
+}
+
 py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int threads,
-                       const py::object& scaling_source, const py::object& fallback,
+                       const py::tuple& scaling_source, const py::object& fallback,
                        const py::object& outside) const {
-  const py::object skip = scaling_source.attr("skip");
-  const bool may_skip = py::cast<bool>(scaling_source.attr("skip_nonfinite")) || !skip.is_none();
-  StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
+  const AskedScaling asked(scaling_source);
+  StepPlan plan(kernels_, reader_, state, groups, asked.may_skip(), spare_.get());
   plan.collect(threads);
-  if (has_tensors(scaling_source) || takes_long(plan)) plan.hold();
-  plan.fold_scalars();
   const ParamReader& params = plan.params();
+  if (params.uses_devices() || asked.has_tensors() || takes_long(plan)) plan.hold();
+  plan.fold_scalars();
   const bool in_parts = params.uses_devices() || plan.lacks_states() || !plan.later().empty() ||
                         !params.unsupported().empty() || !params.outside().empty();
-  if (in_parts || (!skip.is_none() && wait_for(skip) != 0)) {
-    return step_in_parts(&plan, state, groups, scaling_source, threads, fallback, outside);
+  if (in_parts || is_to_skip(asked)) {
+    return step_in_parts(&plan, state, groups, asked, threads, fallback, outside);
   }
 
-  const Scaling scaling = read_scaling(scaling_source);
+  const Scaling scaling = read_scaling(asked);
   plan.complete_states();
   Verdict verdict;
   {
@@ -94,8 +99,8 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
 }
 
 void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
-                        const py::sequence& groups, bool may_skip,
-                        const std::vector<DeviceQueue>& queues, int threads, double factor) const {
+                        const py::sequence& groups, bool may_skip, DeviceQueues* queues,
+                        int threads, double factor) const {
   while (!later.empty()) {
     StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
     plan.collect_again(later);
@@ -106,19 +111,15 @@ void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
 }
 
 py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
-                                const py::object& source, int threads, const py::object& fallback,
+                                const AskedScaling& asked, int threads, const py::object& fallback,
                                 const py::object& outside) const {
-  std::vector<DeviceQueue> queues;
+  DeviceQueues queues;
   for (const int device : plan->devices()) {
-    queues.emplace_back(*device_kernels_, reader_, device);
+    queues.emplace_back(*device_kernels_, reader_, device, &plan->on(device)->bytes);
     if (queues.back().is_capturing()) plan->refuse_to_be_captured();
   }
-  const py::object skip = source.attr("skip");
-  const py::object max_norm = source.attr("max_norm");
-  const bool skip_nonfinite = py::cast<bool>(source.attr("skip_nonfinite"));
-  const bool needs_norm = skip_nonfinite || !max_norm.is_none();
-  const bool may_skip = skip_nonfinite || !skip.is_none();
-  const bool uses_host = !plan->jobs_on(kHost).empty();
+  const bool needs_norm = asked.needs_norm();
+  const bool uses_host = plan->count_on(kHost) != 0;
 
   // What the norm adds up: on the CPU, and elsewhere.
   double sum = 0;
@@ -141,52 +142,50 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, const py:
   Scaling scaling;
   py::object norm = py::float_(kNoNorm);
   py::object skipped = py::bool_(false);
-  const bool waits =
-      uses_host || !plan->params().unsupported().empty() || (may_skip && plan->skips_on_host());
+  const bool waits = uses_host || !plan->params().unsupported().empty() ||
+                     (asked.may_skip() && plan->skips_on_host());
   if (needs_norm && (waits || queues.size() > 1)) {  // each device needs the others' sums
     for (DeviceQueue& queue : queues) {
       sums.append(queue.sum(Norm::two, plan->norm_items(queue.device())));
     }
   }
   if (waits) {  // for the verdict, which is needed on the CPU
-    scaling = read_scaling(source);
+    scaling = read_scaling(asked);
     for (const py::handle each : sums) sum += wait_for(each);
     const Verdict verdict = decide(scaling, sum);
     if (needs_norm) norm = py::float_(verdict.norm);
-    if (verdict.skipped || (!skip.is_none() && wait_for(skip) != 0)) {
-      return py::make_tuple(norm, true);
-    }
+    if (verdict.skipped || is_to_skip(asked)) return py::make_tuple(norm, true);
     scaling = {};
     scaling.coefficient = verdict.factor;
-  } else if (needs_norm || may_skip || has_tensors(source)) {
+  } else if (needs_norm || asked.may_skip() || asked.has_tensors()) {
     for (DeviceQueue& queue : queues) {
       const bool alone = needs_norm && queues.size() == 1;
-      queue.decide(source, sum, sums,
+      queue.decide(asked, sum, sums,
                    alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>());
     }
     if (needs_norm) norm = queues[0].norm_result();
-    if (may_skip) skipped = queues[0].skipped_result();
+    if (asked.may_skip()) skipped = queues[0].skipped_result();
   } else {
-    scaling = read_scaling(source);
+    scaling = read_scaling(asked);
   }
 
   const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
-  update_parts(plan, queues, threads, factor);
-  step_later(plan->later(), state, groups, may_skip, queues, threads, factor);
+  update_parts(plan, &queues, threads, factor);
+  step_later(plan->later(), state, groups, asked.may_skip(), &queues, threads, factor);
   return py::make_tuple(norm, skipped);
 }
 
-void Engine::update_parts(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
-                          double factor) const {
+void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, double factor) const {
   plan->complete_states();
-  for (const DeviceQueue& queue : queues) {
-    const bool in_order = Overlaps().any(plan->jobs_on(queue.device()));
+  for (DeviceQueue& queue : *queues) {
+    const bool in_order = plan->share_memory(queue.device());
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
   }
-  const std::vector<Job> on_host = plan->jobs_on(kHost);
-  if (!on_host.empty()) {
+  for (DeviceQueue& queue : *queues) queue.launch();
+  if (plan->count_on(kHost) != 0) {
+    const std::vector<Job> on_host = plan->jobs_on(kHost);
     py::gil_scoped_release unlocked;
     run_updates(on_host, threads, factor);
   }

@@ -2,6 +2,7 @@
 // parameters.
 #pragma once
 
+#include <deque>
 #include <memory>
 
 #include "cpu/dispatch.h"
@@ -10,6 +11,7 @@
 
 namespace fusedopt {
 
+class AskedScaling;
 class DeviceQueue;
 class StepPlan;
 struct Repeat;
@@ -18,8 +20,8 @@ struct PlanMemory;
 class Engine {
  public:
   // isa: a name from available_kernels(), or empty for the best. device: whose kernels step
-  // parameters on CUDA devices: "cuda", "none", or "emulated", in a build for tests: then
-  // parameters on the CPU are taken to be on a device.
+  // parameters on CUDA devices: "cuda", "none", or, in a build for tests, a name that
+  // tests/emulated_device.h has: then parameters on the CPU are taken to be on a device.
   Engine(const std::string& isa, bool fast_gather, const std::string& device);
   ~Engine();
 
@@ -31,7 +33,7 @@ class Engine {
   //   outside(gradients) returns the sum of squares of gradients that need Python for it.
   // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
   py::tuple step(const py::dict& state, const py::sequence& groups, int threads,
-                 const py::object& scaling, const py::object& fallback,
+                 const py::tuple& scaling, const py::object& fallback,
                  const py::object& outside) const;
 
   // What the norm of order 1, 2 or infinity adds up over the tensors on the CPU; what it adds up
@@ -53,21 +55,21 @@ class Engine {
   bool is_observed() const { return !reader_.fast() || reader_.abi().is_observed(); }
   const Kernels& kernels() const { return kernels_; }
   bool emulated() const { return reader_.emulated(); }
-  bool has_kernels(int device) const { return reader_.has_kernels(device); }
+  // Why a CUDA device has no kernels here; empty if it has.
+  const std::string& why_not(int device) const { return reader_.why_not(device); }
 
  private:
   // A step that is not one parallel region on the CPU: the verdict comes first, here or on devices,
   // and then all updates have only a factor.
   py::tuple step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
-                          const py::object& scaling, int threads, const py::object& fallback,
+                          const AskedScaling& asked, int threads, const py::object& fallback,
                           const py::object& outside) const;
   // What is left once the factor of the gradients is known, here or there.
-  void update_parts(StepPlan* plan, const std::vector<DeviceQueue>& queues, int threads,
+  void update_parts(StepPlan* plan, std::deque<DeviceQueue>* queues, int threads,
                     double factor) const;
   // Steps what a plan has set aside, which is to find what it has left.
   void step_later(std::vector<Repeat> later, const py::dict& state, const py::sequence& groups,
-                  bool may_skip, const std::vector<DeviceQueue>& queues, int threads,
-                  double factor) const;
+                  bool may_skip, std::deque<DeviceQueue>* queues, int threads, double factor) const;
 
   const Kernels& kernels_;
   const cuda::Kernels* device_kernels_;

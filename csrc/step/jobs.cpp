@@ -116,7 +116,9 @@ static bool are_numbered(const View* views, int count) {
 }
 
 Layout common_layout(const View* views, int count) {
-  if (views[0].numel == 0) return {};
+  const bool are_arrays =
+      std::all_of(views, views + count, [](const View& view) { return view.contiguous; });
+  if (views[0].numel == 0 || are_arrays) return {};
   // The first view's own order in memory, so that its elements are visited consecutively.
   const Layout dims =
       are_numbered(views, count) ? dims_in_order(views, count) : dims_by_stride(views, count);
@@ -209,15 +211,14 @@ void set_norm(const View& view, Layouts* layouts, Job* job) {
   set_streams(views, 2, layouts, job);
 }
 
-bool same_arrays(const Job& a, const Job& b) {
-  if (a.layout || b.layout || a.then || b.then || a.numel != b.numel ||
-      a.stream_count != b.stream_count) {
+bool walks(const Job& job, const View* views, int count) {
+  if (job.layout || job.then || job.numel != views[kParam].numel || job.stream_count != count) {
     return false;
   }
-  const auto same = [](const Stream& x, const Stream& y) {
-    return x.data == y.data && x.dtype == y.dtype && x.second == y.second;
+  const auto same = [](const View& view, const Stream& stream) {
+    return view.data == stream.data && view.dtype == stream.dtype && view.second == stream.second;
   };
-  return std::equal(a.streams, a.streams + a.stream_count, b.streams, same);
+  return std::equal(views, views + count, job.streams, same);
 }
 
 }  // namespace fusedopt

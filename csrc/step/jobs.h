@@ -23,6 +23,11 @@ bool overlap(const View& a, const View& b);
 // Whether two views of one shape come close otherwise than element by element.
 bool overlap_out_of_step(const View& a, const View& b);
 
+// Whether both are float64, or neither is.
+inline bool have_one_precision(const View& a, const View& b) {
+  return (a.dtype == DType::f64) == (b.dtype == DType::f64);
+}
+
 // How to walk streams of one shape together; empty if each is one array in the same order.
 Layout common_layout(const View* views, int count);
 
@@ -50,7 +55,7 @@ inline Fault fault_of(const View& param, const View& view) {
                                      : Fault::none;
 }
 
-// Whether both walk the same arrays, and nothing but arrays.
-bool same_arrays(const Job& a, const Job& b);
+// Whether a job walks these arrays, and nothing else.
+bool walks(const Job& job, const View* views, int count);
 
 }  // namespace fusedopt

@@ -2,6 +2,8 @@
 
 #include "step/params.h"
 
+#include "step/device_queue.h"
+
 namespace fusedopt {
 
 // ---- messages -----------------------------------------------------------------------------------
@@ -59,11 +61,12 @@ bool ParamReader::read(Entry* entry, View* views) {
     return false;
   };
   if (!entry->group->has_kernel || !tensors_.read(entry->param, &p, &held_) ||
-      !tensors_.read(entry->grad, &g, &held_) || p.device != g.device || p.negated) {
+      !tensors_.read(entry->grad, &g, &held_) || p.device != g.device || p.negated ||
+      (p.device != kHost && entry->group->in_parts)) {
     return leave_to_torch();
   }
   entry->device = p.device;
-  uses_devices_ = uses_devices_ || p.device != kHost;
+  if (p.device != kHost) uses_devices_ = true;
   if (g.negated) replace_gradient(entry, py::handle(entry->grad).attr("resolve_neg")(), &g);
   if (fault_of(p, g) == Fault::shape) {
     throw py::value_error(entry->name("grad") + " has shape " + shape_text(g) + ", expected " +
@@ -92,7 +95,7 @@ void ParamReader::separate_streams(Entry* entry, View* views) {
   if (!any_come_close(views, streams)) return;
   const auto name_of = [&](int s) {
     return s == kParam ? std::string("the parameter")
-                       : std::string(group.states[static_cast<size_t>(s - kFirstState)]);
+                       : py::cast<std::string>(group.state(static_cast<size_t>(s - kFirstState)));
   };
   for (int s = 0; s < streams; ++s) {
     if (s == kGrad) continue;
@@ -107,26 +110,29 @@ void ParamReader::separate_streams(Entry* entry, View* views) {
   }
 }
 
-// On a device, all streams are walked as arrays in the parameter's order: a gradient that cannot be
-// is copied. False if not even the parameter can.
+// On a device, all streams are walked as arrays in the parameter's order, and for the norm the
+// gradient in its own, as on the CPU: one that cannot be is copied. False if not even the parameter
+// can.
 bool ParamReader::fit_gradient(Entry* entry, const View& param, View* grad) {
   if (!common_layout(&param, 1).empty()) return false;
-  const bool is_array = common_layout(grad, 1).empty();
-  if (is_array) entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
+  if (!grad->is_local_part && !common_layout(grad, 1).empty()) {
+    const py::object array = device_memory().attr("without_gaps")(py::handle(entry->grad));
+    replace_gradient(entry, array, grad);
+  }
+  entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
   const View views[] = {param, *grad};
-  const bool wide = param.dtype == DType::f64;
-  if ((grad->dtype == DType::f64) != wide || !common_layout(views, 2).empty()) {
+  const bool fits = have_one_precision(param, *grad);
+  if (!fits || !common_layout(views, 2).empty()) {
     const auto torch = py::module_::import("torch");
+    const bool wide = param.dtype == DType::f64;
     const py::object copy =
         torch.attr("empty_like")(py::handle(entry->param),
-                                 py::arg("dtype") = (grad->dtype == DType::f64) == wide
-                                                        ? py::handle(entry->grad).attr("dtype")
-                                                        : torch.attr(wide ? "float64" : "float32"),
+                                 py::arg("dtype") = fits ? py::handle(entry->grad).attr("dtype")
+                                                         : torch.attr(wide ? "float64" : "float32"),
                                  py::arg("requires_grad") = false);
     copy.attr("copy_")(py::handle(entry->grad).attr("detach")());
     replace_gradient(entry, copy, grad);
   }
-  if (!is_array) entry->norm_item = {grad->data, grad->numel, 0, grad->dtype};
   return true;
 }
 

@@ -2,6 +2,7 @@
 // and states, and all messages about them.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <deque>
 
@@ -10,6 +11,13 @@
 #include "step/jobs.h"
 
 namespace fusedopt {
+
+// What streams have that are stored in more than one tensor.
+struct Parts {
+  Record second_records[kMaxStreams] = {}, rounding_record = nullptr;  // of a usual parameter
+  TensorReader::Count rounding = {};  // what random bits come of; without memory, there are none
+  int64_t first_element = 0;  // elements of the whole parameter before those of this process
+};
 
 // One parameter; once it has been read, one that has a gradient and a kernel.
 struct Entry {
@@ -27,20 +35,22 @@ struct Entry {
   TensorReader::Count count = {};  // its memory; null where it is a plain number
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
-  bool lacks_state = false;        // of its rule, or slow weights: it is yet to be made
-  bool is_new = false;             // lacks a state of its rule
-  bool repeats_first = false;      // see Repeat
-  bool has_to_move = false;        // the count, to where it belongs
   int device = kHost;
+  bool lacks_state = false;       // of its rule, or slow weights: it is yet to be made
+  bool is_new = false;            // lacks a state of its rule
+  bool repeats_first = false;     // see Repeat
+  bool has_to_move = false;       // the count, to where it belongs
+  bool device_counts = false;     // and alone knows the number of this step
   bool sums_elsewhere = false;    // its gradient is in outside()
-  cuda::NormItem norm_item = {};  // of its gradient, on a device
   bool usual = false;             // see usual.cpp; the records are those of one that is
+  cuda::NormItem norm_item = {};  // of its gradient, on a device
   Record records[kMaxStreams] = {}, step_record = nullptr;
-  // Where streams are stored in more than one tensor: of second arrays, by stream, and of what
-  // random bits come of, which is then found.
-  Record second_records[kMaxStreams] = {}, rounding_record = nullptr;
-  TensorReader::Count rounding = {};
-  int64_t first_element = 0;  // elements of the whole parameter before those of this process
+  Parts* parts = nullptr;  // only where streams may be stored in more than one tensor
+
+  // What its random bits come of, or null.
+  const TensorReader::Count* rounding() const {
+    return parts && parts->rounding.data ? &parts->rounding : nullptr;
+  }
 };
 
 // The keys of a state for what is not a state of the rule.
@@ -50,7 +60,6 @@ struct PartKeys {
   PyObject* const rounding = PyUnicode_InternFromString("rounding");
 };
 const PartKeys& part_keys();
-PyObject* scale_key(const py::str& state);  // interned
 
 PyObject* step_key();  // of a state
 inline bool is_step(double steps) { return steps >= 0 && std::isfinite(steps); }
@@ -84,11 +93,11 @@ class ParamReader {
   View read_held(const py::object& tensor);  // any other that a step needs
 
   // ---- the same of a usual one, without Python (usual.cpp)
-  bool may_find_usual(const std::deque<Group>& groups) const;
+  bool may_find_usual(const std::deque<Group>& groups, size_t count);
   double likely_t() const;        // the number of this step for the parameter with the oldest state
   bool find_usual(Entry* entry);  // in the order of the parameters
   void find_gradients(Entry* begin, Entry* end) const;  // of usual ones; any thread may,
-  bool read_usual(Entry* entry, View* views) const;     // and then read them
+  bool read_usual(Entry* entry, View* views);           // and then read them
 
   // Keeps all memory that is in use. Once parameters have been found to be usual, this has to come
   // before any Python code, of this thread or of another that gets the GIL.
@@ -112,22 +121,32 @@ class ParamReader {
   void separate_streams(Entry* entry, View* views);
   bool fit_gradient(Entry* entry, const View& param, View* grad);
   bool read_states(Entry* entry, View* views);
-  void read_state(const Entry& entry, PyObject* tensor, const py::str& key, const View& param,
+  void read_state(const Entry& entry, PyObject* tensor, py::handle key, const View& param,
                   View* view);
   void read_step(Entry* entry, Py_ssize_t* cursor);
   void read_parts(Entry* entry, View* views, Py_ssize_t* cursor);
   bool find_usual_parts(Entry* entry, Py_ssize_t* cursor);
   bool read_usual_parts(Entry* entry, View* views) const;
-  bool counts_on_device(const Entry& entry) const;
+  bool read_usual_count(Entry* entry) const;
+  bool counts_on_device(const Entry& entry) const {
+    return entry.device != kHost && (entry.group->counts_on_device || may_skip_);
+  }
+  // Says where the count lies that was read. (An emulated device has it where it is to be.)
+  void place_count(Entry* entry) const {
+    if (tensors_.emulated() && counts_on_device(*entry)) entry->count.device = entry->device;
+    entry->device_counts = entry->device != kHost && entry->count.device == entry->device;
+  }
   void replace_gradient(Entry* entry, const py::object& grad, View* view);
 
   const TensorReader& tensors_;
   const py::dict& state_;
   const bool may_skip_;
   Py_ssize_t cursor_ = 0;  // in the state
-  bool in_order_ = true, uses_devices_ = false, holds_ = false;
+  bool in_order_ = true, holds_ = false, holds_states_ = false;
+  std::atomic<bool> uses_devices_{false};
   py::list unsupported_, outside_;
   Held held_;
+  std::deque<Parts> parts_;
   std::vector<TorchAbi::Hold> held_grads_;  // of usual parameters, which may have no Python object
 };
 

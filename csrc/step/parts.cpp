@@ -2,8 +2,6 @@
 // 8-bit states and their scales; and what random bits come of. As everywhere, once through Python,
 // with messages about what does not fit, and once of usual parameters.
 
-#include <map>
-
 #include "step/params.h"
 
 namespace fusedopt {
@@ -11,14 +9,6 @@ namespace fusedopt {
 const PartKeys& part_keys() {
   static const PartKeys keys;
   return keys;
-}
-
-PyObject* scale_key(const py::str& state) {
-  static std::map<std::string, PyObject*> keys;
-  const auto name = py::cast<std::string>(state);
-  PyObject*& key = keys[name];
-  if (!key) key = PyUnicode_InternFromString((name + "_scale").c_str());
-  return key;
 }
 
 static bool has_master(const Group& group, const View& param) {
@@ -30,6 +20,9 @@ static bool rounds_at_random(const Group& group, const View& param) {
 static bool has_no_sign(const Group& group, size_t s) {
   return PyTuple_GET_ITEM(group.has_no_sign.ptr(), static_cast<Py_ssize_t>(s)) == Py_True;
 }
+static bool counts_draws(const TensorReader::Count& count) {
+  return count.type == TensorReader::Count::i64 && count.device == kHost;
+}
 static void set_random(View* param) {
   param->dtype = param->dtype == DType::bf16 ? DType::bf16_random : DType::f16_random;
 }
@@ -38,7 +31,7 @@ static void set_random(View* param) {
 
 // In the order in which create_state adds what is missing.
 void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   View& param = views[kParam];
   const auto found = [&](PyObject* key) {
     PyObject* const tensor = find(entry->state, key, cursor);
@@ -71,12 +64,12 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
              " on cpu",
          [&](const View& second) { return join_master(second, &param); });
   }
-  for (size_t s = 0; s < group.rule_states(); ++s) {
+  for (size_t s = 0; s < group.rule_states; ++s) {
     View& state = views[kFirstState + s];
     if (!state.data && state.numel != 0) continue;  // it is missing itself
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;
-    join(scale_key(group.states[s]),
+    join(group.scale_key(s),
          "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
              std::to_string(rows_of(plain).blocks()) + ") on cpu",
          [&](const View& scale) {
@@ -86,13 +79,14 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
   if (!takes_bits) return;
   PyObject* const rounding = found(part_keys().rounding);
   if (!rounding) return;
-  if (!tensors_.read_count(rounding, &entry->rounding, &held_) ||
-      entry->rounding.type != TensorReader::Count::i64 || entry->rounding.device != kHost) {
+  entry->parts = &parts_.emplace_back();
+  TensorReader::Count* const count = &entry->parts->rounding;
+  if (!tensors_.read_count(rounding, count, &held_) || !counts_draws(*count)) {
     refuse(part_keys().rounding, rounding, "an int64 tensor on cpu with one element");
   }
   if (rounds_at_random(group, param)) set_random(&param);
   if (param.is_local_part) {
-    entry->first_element = py::cast<int64_t>(group.first_element(py::handle(entry->param)));
+    entry->parts->first_element = py::cast<int64_t>(group.first_element(py::handle(entry->param)));
   }
 }
 
@@ -100,36 +94,38 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
 
 // What there is of them, in that order; whether that is all is seen when they are read.
 bool ParamReader::find_usual_parts(Entry* entry, Py_ssize_t* cursor) {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   const auto find = [&](PyObject* key, Record* record) {
     PyObject* const tensor = find_next(entry->state, key, cursor);
     if (!tensor) return true;
     *record = tensors_.abi().record(tensor);
     return tensors_.is_plain(tensor);
   };
-  bool all = find(part_keys().remainder, &entry->second_records[kParam]);
-  if (!entry->second_records[kParam]) {
-    all = all && find(part_keys().master, &entry->second_records[kParam]);
+  Parts* const parts = entry->parts = &parts_.emplace_back();
+  bool all = find(part_keys().remainder, &parts->second_records[kParam]);
+  if (!parts->second_records[kParam]) {
+    all = all && find(part_keys().master, &parts->second_records[kParam]);
   }
-  for (size_t s = 0; all && s < group.rule_states(); ++s) {
-    all = find(scale_key(group.states[s]), &entry->second_records[kFirstState + s]);
+  for (size_t s = 0; all && s < group.rule_states; ++s) {
+    all = find(group.scale_key(s), &parts->second_records[kFirstState + s]);
   }
-  return all && find(part_keys().rounding, &entry->rounding_record);
+  return all && find(part_keys().rounding, &parts->rounding_record);
 }
 
 bool ParamReader::read_usual_parts(Entry* entry, View* views) const {
-  const Group& group = *entry->group;
+  Group& group = *entry->group;
   View& param = views[kParam];
   const View plain = param;
   const auto read = [&](int s, View* second) {
-    return entry->second_records[s] && tensors_.read_stored(entry->second_records[s], second);
+    const Record record = entry->parts->second_records[s];
+    return record && tensors_.read_stored(record, second);
   };
   View second;
   bool takes_bits = rounds_at_random(group, param);
   if (has_master(group, param) && (!read(kParam, &second) || !join_master(second, &param))) {
     return false;
   }
-  for (size_t s = 0; s < group.rule_states(); ++s) {
+  for (size_t s = 0; s < group.rule_states; ++s) {
     View& state = views[kFirstState + s];
     if (!has_blocks(state.dtype)) continue;
     takes_bits = true;
@@ -139,8 +135,9 @@ bool ParamReader::read_usual_parts(Entry* entry, View* views) const {
     }
   }
   if (!takes_bits) return param.contiguous;
-  if (!entry->rounding_record || !tensors_.read_count(entry->rounding_record, &entry->rounding) ||
-      entry->rounding.type != TensorReader::Count::i64 || entry->rounding.device != kHost) {
+  const Record record = entry->parts->rounding_record;
+  TensorReader::Count* const count = &entry->parts->rounding;
+  if (!record || !tensors_.read_count(record, count) || !counts_draws(*count)) {
     return false;
   }
   if (rounds_at_random(group, param)) set_random(&param);

@@ -34,6 +34,7 @@ void StepPlan::collect(int threads) {
 
 void StepPlan::collect_again(const std::vector<Repeat>& repeats) {
   memory_.schedule.fits = false;
+  forget_devices();
   for (const Repeat& repeat : repeats) {
     Group* const group = &groups_[static_cast<size_t>(repeat.group)];
     memory_.entries.emplace_back(group, repeat.index).repeats_first = repeat.repeats_first;
@@ -49,9 +50,10 @@ void StepPlan::collect_usual(int threads) {
   size_t count = 0;
   for (const Group& group : groups_) count += group.params.size();
   memory_.entries.reserve(count);
-  const bool fitted = std::exchange(memory_.schedule.fits, false) && memory_.jobs.size() == count;
+  const bool as_many = memory_.jobs.size() == count;
+  const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
   memory_.jobs.resize(count);
-  const bool look = params_.may_find_usual(groups_);
+  const bool look = params_.may_find_usual(groups_, count);
   if (look) {
     const double t = params_.likely_t();
     for (Group& group : groups_) group.expect(t);
@@ -70,26 +72,36 @@ void StepPlan::collect_usual(int threads) {
   const auto read = [&](size_t begin, size_t end) {
     Entry* const entries = memory_.entries.data();
     params_.find_gradients(entries + begin, entries + end);
-    size_t ready_here = 0, same = 0;
+    size_t ready_here = 0, unmoved_here = 0;
+    View views[kMaxStreams];
     for (size_t i = begin; i < end; ++i) {
       Entry& entry = entries[i];
-      View views[kMaxStreams];
+      Job* const job = &memory_.jobs[i];
       entry.usual = entry.usual && params_.read_usual(&entry, views);
       if (!entry.usual) continue;
-      const Job before = memory_.jobs[i];
+      const int streams = kFirstState + static_cast<int>(entry.group->rule_states);
+      const bool same = walks(*job, views, streams);
+      // What lies where it did in the last step lies apart, as it did.
+      entry.usual = same || !any_come_close(views, streams);
+      if (!entry.usual) continue;
       entry.folded = entry.group->expected(entry.t);
-      set_job(entry, views, &memory_.jobs[i]);
+      if (same) {
+        set_rule_and_more(entry, views, job);
+      } else {
+        set_job(entry, views, job);
+      }
       ready_here += entry.folded != nullptr;
-      same += same_arrays(before, memory_.jobs[i]);
+      unmoved_here += same;
     }
     ready += ready_here;
-    unmoved += same;
+    unmoved += unmoved_here;
   };
   const bool many = count >= kManyOfThread * static_cast<size_t>(threads);
   in_pipeline(look && many ? threads : 1, count, find, read);
   is_ready_ = ready == count;
   // If so, all are usual, and nothing changes their jobs from here on.
   memory_.schedule.fits = fitted && unmoved == count;
+  if (!as_many || unmoved != count) forget_devices();
 }
 
 void StepPlan::collect_others() {
@@ -198,20 +210,25 @@ void StepPlan::complete_states() {
 
 static Origin origin_of(const Entry& entry, const View& param) {
   int64_t rounding;
-  std::memcpy(&rounding, entry.rounding.data, sizeof(rounding));
+  std::memcpy(&rounding, entry.rounding()->data, sizeof(rounding));
   return {static_cast<uint32_t>(rounding >> 32), static_cast<uint32_t>(rounding),
-          entry.first_element, rows_of(param)};
+          entry.parts->first_element, rows_of(param)};
 }
 
 void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
-  const Group& group = *entry.group;
-  const int streams = kFirstState + static_cast<int>(group.rule_states());
   *job = {};
-  set_streams(views, streams, &layouts_, job);
+  set_streams(views, kFirstState + static_cast<int>(entry.group->rule_states), &layouts_, job);
+  set_rule_and_more(entry, views, job);
+}
+
+// What a job has beside its streams.
+void StepPlan::set_rule_and_more(const Entry& entry, const View* views, Job* job) {
+  const Group& group = *entry.group;
   if (entry.folded) set_rule(entry.folded->rule, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
-  if (entry.rounding.data) job->origin = origin_of(entry, views[kParam]);
-  if (!group.has_slow || group.alpha == 0) return;
+  if (entry.rounding()) job->origin = origin_of(entry, views[kParam]);
+  if (!group.moves_slow()) return;
+  const int streams = job->stream_count;
   const View slow[] = {views[kParam], views[kParam], views[streams]};
   Job& then = jobs_after_.emplace_back();
   set_streams(slow, 3, &layouts_, &then);

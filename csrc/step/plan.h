@@ -1,6 +1,8 @@
 // One optimizer step: what is to be run for the parameters that have been read.
 #pragma once
 
+#include <map>
+
 #include "engine/schedule.h"
 #include "step/params.h"
 
@@ -27,6 +29,13 @@ class CountPlaces {
   bool apart_ = true;                       // and what was found then
 };
 
+// What is kept for one device from step to step.
+struct OnDevice {
+  Overlaps overlaps;
+  bool knows = false, shares = false;  // whether the jobs there share memory
+  int64_t bytes = 0;                   // that a step takes
+};
+
 // What a plan fills, kept from step to step: entries for their capacity alone, jobs also because
 // the schedule fits the next ones, too, if they lie where these do.
 struct PlanMemory {
@@ -34,6 +43,7 @@ struct PlanMemory {
   std::vector<Job> jobs;  // one an entry
   Schedule schedule;
   CountPlaces counts;
+  std::map<int, OnDevice> devices;
 };
 
 class StepPlan {
@@ -63,13 +73,16 @@ class StepPlan {
   const std::vector<Repeat>& later() const { return later_; }
 
   // ---- of steps with parameters on devices (devices.cpp)
-  std::vector<int> devices() const;
-  std::vector<Job> jobs_on(int device) const;  // or kHost
+  std::vector<int> devices();
+  size_t count_on(int device);  // or kHost: the parameters there
+  std::vector<Job> jobs_on(int device);
+  OnDevice* on(int device) { return &memory_.devices[device]; }
+  bool share_memory(int device);  // see Overlaps
   // Throws if a graph of this step would repeat what the CPU has decided for this one alone.
   void refuse_to_be_captured() const;
   // Whether a step that is skipped has to be known to be before states are made.
   bool skips_on_host() const;
-  std::vector<cuda::NormItem> norm_items(int device) const;
+  std::vector<cuda::NormItem> norm_items(int device);
   std::vector<cuda::Update> updates(int device, double factor);
   std::vector<cuda::Update> updates_after(int device) const;  // Lookahead's
 
@@ -79,7 +92,11 @@ class StepPlan {
   template <class F>
   void keep_if(F f);
   void set_repeats_aside();
+  void forget_devices() {  // whose jobs are other ones
+    for (auto& [device, there] : memory_.devices) there.knows = false;
+  }
   void set_job(const Entry& entry, const View* views, Job* job);
+  void set_rule_and_more(const Entry& entry, const View* views, Job* job);
 
   const Kernels& kernels_;
   PlanMemory* const spare_;
@@ -87,7 +104,8 @@ class StepPlan {
   std::deque<Group> groups_;
   PlanMemory memory_;
   std::vector<Repeat> later_;
-  bool is_ready_ = false;  // all have their scalars: no parameter needs Python any more
+  std::map<int, size_t> places_;  // how many parameters are on each; empty while nobody has asked
+  bool is_ready_ = false;         // all have their scalars: no parameter needs Python any more
   bool lacks_states_ = false;
   Layouts layouts_;
   std::deque<Job> jobs_after_;

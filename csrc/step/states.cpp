@@ -25,8 +25,8 @@ PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
 // what else streams are stored in (parts.cpp). False if no device can access all of it.
 bool ParamReader::read_states(Entry* entry, View* views) {
   const Group& group = *entry->group;
-  const bool is_plain = !group.in_parts() || !is_half(views[kParam].dtype);
-  if (group.states.empty() && !group.counts_steps && is_plain) return true;
+  const bool is_plain = !group.in_parts || !is_half(views[kParam].dtype);
+  if (group.states.size() == 0 && !group.counts_steps && is_plain) return true;
   const Py_ssize_t before = cursor_;
   entry->state = find(state_.ptr(), entry->param, &cursor_);
   in_order_ = in_order_ && cursor_ != before;
@@ -42,19 +42,19 @@ bool ParamReader::read_states(Entry* entry, View* views) {
   if (group.counts_steps) read_step(entry, &cursor);
   entry->lacks_state = group.counts_steps && !entry->step;
   for (size_t s = 0; s < group.states.size(); ++s) {
-    PyObject* tensor = find(entry->state, group.states[s].ptr(), &cursor);
+    PyObject* tensor = find(entry->state, group.state(s).ptr(), &cursor);
     if (!tensor || tensor == Py_None) {
       entry->lacks_state = true;
-      entry->is_new = entry->is_new || s < group.rule_states();
+      entry->is_new = entry->is_new || s < group.rule_states;
       continue;
     }
-    if (s == group.rule_states() && group.alpha == 0) continue;  // slow weights, at rest
+    if (s == group.rule_states && !group.moves_slow()) continue;  // slow weights, at rest
     View& state = views[kFirstState + s];
-    read_state(*entry, tensor, group.states[s], views[kParam], &state);
+    read_state(*entry, tensor, group.state(s), views[kParam], &state);
     if (entry->device != kHost) {
       const View pair[] = {views[kParam], state};
       fits = fits && is_number(state.dtype) && common_layout(pair, 2).empty() &&
-             (state.dtype == DType::f64) == (pair[0].dtype == DType::f64);
+             have_one_precision(pair[0], state);
     }
   }
   if (entry->device == kHost) read_parts(entry, views, &cursor);
@@ -65,14 +65,14 @@ static std::string device_text(int device) {
   return device == kHost ? "cpu" : "cuda:" + std::to_string(device);
 }
 
-void ParamReader::read_state(const Entry& entry, PyObject* tensor, const py::str& key,
+void ParamReader::read_state(const Entry& entry, PyObject* tensor, py::handle key,
                              const View& param, View* view) {
   held_.push_back(py::reinterpret_borrow<py::object>(tensor));
   const bool readable =
       tensors_.read_stored(tensor, view, &held_) && view->dtype != DType::bf16_split;
   const Fault fault = readable ? fault_of(param, *view) : Fault::elsewhere;
   if (fault == Fault::none) return;
-  const std::string name = entry.name(std::string(key));
+  const std::string name = entry.name(py::cast<std::string>(key));
   if (fault == Fault::elsewhere) {
     throw py::type_error(name + " is " + type_text(tensor) +
                          ", expected a strided float32, float64, bfloat16 or float16 tensor on " +
@@ -102,21 +102,15 @@ void ParamReader::read_step(Entry* entry, Py_ssize_t* cursor) {
   entry->step = find(entry->state, step_key(), cursor);
   if (!entry->step) return;
   held_.push_back(py::reinterpret_borrow<py::object>(entry->step));
-  const auto refuse = [&](const std::string& expected) {
-    throw py::type_error(entry->name("step") + " is " + type_text(entry->step) + ", expected " +
-                         expected + "; store the number of steps taken so far");
-  };
   const auto item = [&] { return py::cast<double>(py::handle(entry->step).attr("item")()); };
   const bool on_device = counts_on_device(*entry);
   bool elsewhere = false;
   double steps = 0;
   if (tensors_.read_count(entry->step, &entry->count, &held_)) {
-    if (tensors_.emulated() && on_device) entry->count.device = entry->device;
-    if (entry->count.device == entry->device && entry->device != kHost) {
-      if (entry->count.type != TensorReader::Count::f32) {
-        refuse("a float32 tensor on " + device_text(entry->device) + " or on cpu");
-      }
-      return;  // only the device knows
+    place_count(entry);
+    if (entry->device_counts) {
+      entry->has_to_move = entry->count.type != TensorReader::Count::f32;  // into a float32 there
+      return;
     }
     elsewhere = entry->count.device != kHost;  // a checkpoint of another device: read it once
     steps = elsewhere ? item() : entry->count.get();
@@ -128,7 +122,9 @@ void ParamReader::read_step(Entry* entry, Py_ssize_t* cursor) {
     if (PyErr_Occurred()) steps = HUGE_VAL;  // an integer beyond all doubles
     PyErr_Clear();
   } else {
-    refuse("a number, or a float32, float64 or int64 tensor on cpu with one element");
+    throw py::type_error(entry->name("step") + " is " + type_text(entry->step) +
+                         ", expected a number, or a float32, float64 or int64 tensor on cpu with "
+                         "one element; store the number of steps taken so far");
   }
   if (!is_step(steps)) {
     throw py::value_error(entry->name("step") + " is " + std::to_string(steps) +
@@ -139,18 +135,16 @@ void ParamReader::read_step(Entry* entry, Py_ssize_t* cursor) {
   entry->has_to_move = on_device || elsewhere;
 }
 
-bool ParamReader::counts_on_device(const Entry& entry) const {
-  return entry.device != kHost && (entry.group->counts_on_device || may_skip_);
-}
-
 // ---- changing -----------------------------------------------------------------------------------
 
 // Puts a count where it belongs: a checkpoint may have it elsewhere, and a step that only a device
 // knows to be skipped is counted there.
 void ParamReader::move_count(Entry* entry) {
-  const bool on_device = counts_on_device(*entry);
+  const bool on_device = entry->device_counts || counts_on_device(*entry);
   if (PyDict_GetItem(entry->state, step_key()) == entry->step) {  // listed for the first time
-    entry->group->move_count(py::handle(entry->param), entry->t - 1, on_device);
+    const py::object steps =
+        entry->device_counts ? py::object(py::none()) : py::float_(entry->t - 1);
+    entry->group->move_count(py::handle(entry->param), steps, on_device);
   }
   entry->step = PyDict_GetItem(entry->state, step_key());
   held_.push_back(py::reinterpret_borrow<py::object>(entry->step));
@@ -177,7 +171,7 @@ void ParamReader::advance(const std::vector<Entry>& entries) const {
           PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
       if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
     }
-    if (entry.rounding.data) entry.rounding.increment();
+    if (entry.rounding()) entry.rounding()->increment();
     if (entry.usual) {
       tensors_.abi().bump_version(entry.records[kParam]);
     } else {

@@ -1,7 +1,8 @@
-// Usual parameters: they, their gradients and their states are plain tensors on the CPU, contiguous
-// and of one shape, and their states complete and in order. This thread finds their objects, and
-// any thread then reads what torch has recorded of them, which needs no Python, and asks of it what
-// ParamReader::read asks: whatever would be a fault there, or take more than this, is not usual.
+// Usual parameters: they, their gradients and their states are plain tensors in one place,
+// contiguous and of one shape, and their states complete and in order. This thread finds their
+// objects, and any thread then reads what torch has recorded of them, which needs no Python, and
+// asks of it what ParamReader::read asks: whatever would be a fault there, or take more than this,
+// is not usual.
 //
 // Where all parameters are usual, and in the same step, no Python code runs from here to the end of
 // the step; nor can it on another thread, unless the GIL is released. So nothing has to be held.
@@ -14,14 +15,16 @@
 
 namespace fusedopt {
 
-// They are few where no group begins with one on the CPU.
-bool ParamReader::may_find_usual(const std::deque<Group>& groups) const {
+// They are few where no group begins with one.
+bool ParamReader::may_find_usual(const std::deque<Group>& groups, size_t count) {
   return tensors_.fast() && std::any_of(groups.begin(), groups.end(), [&](const Group& group) {
            if (group.params.empty()) return false;
            View view;
-           return tensors_.is_plain(group.param(0)) &&
-                  tensors_.read(tensors_.abi().record(group.param(0)), &view) &&
-                  view.device == kHost;
+           const bool readable =
+               tensors_.is_plain(group.param(0)) && tensors_.read(group.param(0), &view, &held_);
+           holds_states_ = readable && view.device != kHost;
+           if (holds_states_) held_.reserve(count * (1 + group.states.size()));
+           return readable;
          });
 }
 
@@ -33,37 +36,36 @@ double ParamReader::likely_t() const {
   TensorReader::Count count;
   const bool readable =
       step && tensors_.is_plain(step) && tensors_.read_count(tensors_.abi().record(step), &count);
-  return readable && is_step(count.get()) ? count.get() + 1 : 1;
+  return readable && count.device == kHost && is_step(count.get()) ? count.get() + 1 : 1;
 }
 
 // ---- finding and reading ------------------------------------------------------------------------
 
 bool ParamReader::find_usual(Entry* entry) {
   const Group& group = *entry->group;
-  const bool has_state = group.has_state();
-  if (has_state) entry->state = find_next(state_.ptr(), entry->param, &cursor_);
-  const bool moves_slow = group.has_slow && group.alpha != 0;
-  if (!group.has_kernel || moves_slow || !tensors_.is_plain(entry->param)) return false;
+  if (group.has_state) entry->state = find_next(state_.ptr(), entry->param, &cursor_);
+  if (!group.has_kernel || group.moves_slow() || !tensors_.is_plain(entry->param)) return false;
   entry->records[kParam] = tensors_.abi().record(entry->param);
-  if (!has_state) return true;
+  if (!group.has_state) return true;
   if (!entry->state || !PyDict_Check(entry->state)) return false;
   Py_ssize_t cursor = 0;
   const auto find = [&](PyObject* key, Record* record) {
     PyObject* const tensor = find_next(entry->state, key, &cursor);
     if (!tensor || !tensors_.is_plain(tensor)) return false;
     *record = tensors_.abi().record(tensor);
+    if (holds_states_) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
     return true;
   };
   if (group.counts_steps && !find(step_key(), &entry->step_record)) return false;
-  for (size_t s = 0; s < group.rule_states(); ++s) {
-    if (!find(group.states[s].ptr(), &entry->records[kFirstState + s])) return false;
+  for (size_t s = 0; s < group.rule_states; ++s) {
+    if (!find(group.state(s).ptr(), &entry->records[kFirstState + s])) return false;
   }
   // Slow weights at rest are not read, but have to be made in the first step.
   if (group.has_slow) {
-    PyObject* const slow = find_next(entry->state, group.states.back().ptr(), &cursor);
+    PyObject* const slow = find_next(entry->state, group.state(group.rule_states).ptr(), &cursor);
     if (!slow || slow == Py_None) return false;
   }
-  return !group.in_parts() || find_usual_parts(entry, &cursor);
+  return !group.in_parts || find_usual_parts(entry, &cursor);
 }
 
 // Also asks for all memory that read_usual reads.
@@ -91,24 +93,44 @@ void ParamReader::find_gradients(Entry* begin, Entry* end) const {
   for_each_record([&](Record record) { abi.ask_for_storage(record); });
 }
 
-bool ParamReader::read_usual(Entry* entry, View* views) const {
+bool ParamReader::read_usual(Entry* entry, View* views) {
   const Group& group = *entry->group;
   if (!entry->records[kGrad] || tensors_.abi().asks_python(entry->records[kGrad])) return false;
-  const int streams = kFirstState + static_cast<int>(group.rule_states());
+  const int streams = kFirstState + static_cast<int>(group.rule_states);
+  int doubles = 0;
   for (int s = 0; s < streams; ++s) {
-    const bool may_be_coded = s >= kFirstState && group.may_be_coded;
-    if (!(may_be_coded ? tensors_.read_stored(entry->records[s], &views[s])
-                       : tensors_.read(entry->records[s], &views[s])) ||
-        views[s].dtype == DType::bf16_split || !views[s].contiguous ||
-        fault_of(views[kParam], views[s]) != Fault::none) {
+    View& view = views[s];
+    if (!tensors_.read_stored(entry->records[s], &view) || !view.contiguous ||
+        fault_of(views[kParam], view) != Fault::none) {
       return false;
     }
+    const bool may_be_coded = s >= kFirstState && group.may_be_coded && has_blocks(view.dtype);
+    if (!is_number(view.dtype) && !may_be_coded) return false;
+    doubles += view.dtype == DType::f64;
   }
-  if (views[kParam].device != kHost || any_come_close(views, streams)) return false;
-  if (group.in_parts() && !read_usual_parts(entry, views)) return false;
+  entry->device = views[kParam].device;
+  if (entry->device == kHost) {
+    if (group.in_parts && !read_usual_parts(entry, views)) return false;
+    return group.has_number_as_lr() && read_usual_count(entry);
+  }
+  if (group.in_parts || (doubles != 0 && doubles != streams)) return false;
+  const View& grad = views[kGrad];
+  entry->norm_item = {grad.data, grad.numel, 0, grad.dtype};
+  if (!read_usual_count(entry)) return false;
+  uses_devices_.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+bool ParamReader::read_usual_count(Entry* entry) const {
   entry->t = 2;
-  if (!group.counts_steps) return true;
+  if (!entry->group->counts_steps) return true;
   if (!tensors_.read_count(entry->step_record, &entry->count)) return false;
+  place_count(entry);
+  if (entry->device_counts) {
+    entry->t = entry->group->expected_t();  // one is as good as another
+    return entry->count.type == TensorReader::Count::f32;
+  }
+  if (entry->count.device != kHost || counts_on_device(*entry)) return false;  // it has to move
   if (!is_step(entry->count.get())) return false;
   entry->t = entry->count.get() + 1;
   return true;
@@ -122,6 +144,7 @@ void ParamReader::hold(const std::vector<Entry>& entries) {
   for (const Entry& entry : entries) {
     if (!entry.usual) continue;
     held_grads_.push_back(tensors_.abi().hold(entry.records[kGrad]));
+    if (holds_states_) continue;
     PyObject *key, *value;
     Py_ssize_t at = 0;
     while (entry.state && PyDict_Next(entry.state, &at, &key, &value)) {

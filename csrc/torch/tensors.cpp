@@ -6,8 +6,8 @@
 
 namespace fusedopt {
 
-TensorReader::TensorReader(bool fast, bool (*runs_on)(int device), bool emulated)
-    : abi_(fast ? TorchAbi::find() : std::nullopt), runs_on_(runs_on), emulated_(emulated) {
+TensorReader::TensorReader(bool fast, std::string (*why_not)(int device), bool emulated)
+    : abi_(fast ? TorchAbi::find() : std::nullopt), why_not_(why_not), emulated_(emulated) {
   const auto torch = py::module_::import("torch");
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
@@ -121,15 +121,17 @@ bool TensorReader::read_attributes(PyObject* object, RawTensor* tensor, Held* he
 }
 
 // False if nothing here can be done there.
-bool TensorReader::find_device(const RawTensor& tensor, int* device) const {
+bool TensorReader::find_device(const RawTensor& tensor, bool may_ask, int* device) const {
   *device = tensor.on_cuda ? tensor.device : emulated_ ? 0 : kHost;
-  return !tensor.on_cuda || has_kernels(tensor.device);
+  if (*device == kHost || *device == found_last_) return true;
+  const auto known = answers_.find(*device);
+  return known != answers_.end() ? known->second.empty() : may_ask && why_not(*device).empty();
 }
 
-bool TensorReader::has_kernels(int device) const {
-  if (!runs_on_) return false;
-  const auto [at, is_new] = has_kernels_.try_emplace(device, false);
-  if (is_new) at->second = runs_on_(device);
+const std::string& TensorReader::why_not(int device) const {
+  const auto [at, is_new] = answers_.try_emplace(device, "this build has no CUDA kernels");
+  if (is_new && why_not_) at->second = why_not_(device);
+  if (at->second.empty()) found_last_ = device;
   return at->second;
 }
 
@@ -142,17 +144,17 @@ bool TensorReader::read_stored(PyObject* object, View* view, Held* held) const {
   RawTensor tensor;
   PyObject* const local = local_part(object, held);
   view->is_local_part = local != object;
-  return local && read_raw(local, &tensor, held) && set_view(tensor, view);
+  return local && read_raw(local, &tensor, held) && set_view(tensor, /*may_ask=*/true, view);
 }
 
 bool TensorReader::read_stored(Record record, View* view) const {
   RawTensor tensor;
   view->is_local_part = false;
-  return abi_->read(record, &tensor) && !tensor.on_cuda && set_view(tensor, view);
+  return abi_->read(record, &tensor) && set_view(tensor, /*may_ask=*/false, view);
 }
 
-bool TensorReader::set_view(const RawTensor& tensor, View* view) const {
-  if (!find_device(tensor, &view->device)) return false;
+bool TensorReader::set_view(const RawTensor& tensor, bool may_ask, View* view) const {
+  if (!find_device(tensor, may_ask, &view->device)) return false;
   switch (tensor.type) {
     case RawTensor::f32: view->dtype = DType::f32; break;
     case RawTensor::f64: view->dtype = DType::f64; break;
@@ -173,22 +175,24 @@ bool TensorReader::set_view(const RawTensor& tensor, View* view) const {
     view->numel *= tensor.shape[d];
   }
   view->negated = tensor.negated;
+  view->second = nullptr;
+  view->second_strides = nullptr;
   return has_memory(tensor, view->numel);
 }
 
 bool TensorReader::read_count(PyObject* object, Count* count, Held* held) const {
   RawTensor tensor;
   PyObject* const local = local_part(object, held);
-  return local && read_raw(local, &tensor, held) && set_count(tensor, count);
+  return local && read_raw(local, &tensor, held) && set_count(tensor, /*may_ask=*/true, count);
 }
 
 bool TensorReader::read_count(Record record, Count* count) const {
   RawTensor tensor;
-  return abi_->read(record, &tensor) && !tensor.on_cuda && set_count(tensor, count);
+  return abi_->read(record, &tensor) && set_count(tensor, /*may_ask=*/false, count);
 }
 
-bool TensorReader::set_count(const RawTensor& tensor, Count* count) const {
-  if (!find_device(tensor, &count->device)) return false;
+bool TensorReader::set_count(const RawTensor& tensor, bool may_ask, Count* count) const {
+  if (!find_device(tensor, may_ask, &count->device)) return false;
   if (emulated_) count->device = kHost;
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] != 1) return false;

@@ -39,11 +39,11 @@ struct View {
 class TensorReader {
  public:
   // fast: use the C ABI if torch has it. emulated: take tensors on the CPU to be on cuda:0.
-  // runs_on: whether a CUDA device has kernels; null: none has.
-  TensorReader(bool fast, bool (*runs_on)(int device), bool emulated);
+  // why_not: why a CUDA device has no kernels, empty if it has; null: none has.
+  TensorReader(bool fast, std::string (*why_not)(int device), bool emulated);
   bool fast() const { return abi_.has_value(); }
   bool emulated() const { return emulated_; }
-  bool has_kernels(int device) const;
+  const std::string& why_not(int device) const;  // asked once
 
   // param.grad, a DTensor's with the placements of the parameter.
   py::object grad(PyObject* param) const;
@@ -63,8 +63,8 @@ class TensorReader {
   // The same, and uint8 as e4m3, int16 as bf16_split: what belongs to a stream of that kind.
   bool read_stored(PyObject* object, View* view, Held* held) const;
 
-  // The same without Python, where fast(): the record of a tensor on the CPU, in a class of
-  // torch's.
+  // The same without Python, on any thread, where fast(): the record of a tensor in a class of
+  // torch's. Of devices, those that why_not() was asked of.
   const TorchAbi& abi() const { return *abi_; }
   bool is_plain(PyObject* object) const;  // whether it is in one
   bool read(Record record, View* view) const {
@@ -89,16 +89,17 @@ class TensorReader {
   PyObject* local_part(PyObject* object, Held* held) const;
   bool read_raw(PyObject* object, RawTensor* tensor, Held* held) const;
   bool read_attributes(PyObject* object, RawTensor* tensor, Held* held) const;
-  bool set_view(const RawTensor& tensor, View* view) const;
-  bool set_count(const RawTensor& tensor, Count* count) const;
-  bool find_device(const RawTensor& tensor, int* device) const;
+  bool set_view(const RawTensor& tensor, bool may_ask, View* view) const;
+  bool set_count(const RawTensor& tensor, bool may_ask, Count* count) const;
+  bool find_device(const RawTensor& tensor, bool may_ask, int* device) const;
 
   py::object tensor_, parameter_;  // the two plain types: no wrapper, no override
   py::object grad_;                // the descriptor of torch.Tensor.grad
   std::optional<TorchAbi> abi_;
-  bool (*runs_on_)(int device);
+  std::string (*why_not_)(int device);
   bool emulated_;
-  mutable std::map<int, bool> has_kernels_;  // as far as it was asked
+  mutable std::map<int, std::string> answers_;  // as far as it was asked
+  mutable int found_last_ = kHost;              // with kernels
 };
 
 inline bool same_shape(const View& a, const View& b) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def report() -> str:
         "threads": _threads(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), _cores()),
         "openmp": _openmp(),
         "gather": "fast, by torch's C ABI" if engine.fast_gather else "slow, by attributes",
-        "cuda": _cuda(_core.cuda_archs, _core.cuda_driver_version(), _core.cuda_devices()),
+        "cuda": _cuda(
+            _core.cuda_archs, _core.cuda_driver_version(), _core.cuda_devices(), engine.why_not
+        ),
     }
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
 
@@ -59,12 +62,16 @@ def _threads(threads: int, omp_num_threads: str | None, cores: int) -> str:
     return text
 
 
-def _cuda(archs: str, driver: int, devices: list[str]) -> str:
+def _cuda(archs: str, driver: int, devices: list[str], why_not: Callable[[int], str]) -> str:
     """Describe the CUDA kernels, the newest CUDA that the driver knows, and the devices."""
     if not archs:
         return "no kernels in this build: torch steps parameters on cuda"
     version = f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none"
-    return f"{archs}; driver {version}; devices {', '.join(devices) or 'none'}"
+    described = [
+        f"{device} without kernels: {why}" if (why := why_not(number)) else device
+        for number, device in enumerate(devices)
+    ]
+    return f"{archs}; driver {version}; devices {', '.join(described) or 'none'}"
 
 
 def _openmp() -> str:

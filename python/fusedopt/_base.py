@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -165,7 +167,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
                 loss = closure()
         pending = self._still_pending()
         scaling = self._scaling(pending)
-        asked = scaling.max_norm is not None or self.skip_nonfinite
+        asked = scaling.max_norm is not None or self.defaults.get("skip_nonfinite", False)
         norm: float | Tensor
         skipped: bool | Tensor
         if self._is_to_skip(pending):
@@ -177,7 +179,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self._norm = norm if asked else pending.norm
         self._pending = NOTHING
         self._skipped = skipped
-        self._count_skipped(skipped)
+        if skipped is not False:
+            self._count_skipped(skipped)
         return loss
 
     def _count_skipped(self, skipped: bool | Tensor) -> None:
@@ -195,7 +198,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
         """Step what has a gradient in these groups; return its norm, and whether that skipped."""
-        if _operators.must_be_seen(next((g["params"] for g in groups if g["params"]), ())):
+        if _operators.must_be_seen(next(filter(None, map(_params_of, groups)), ())):
             return self._update_by_operators(groups, scaling)
         return _engine.engine.step(
             self.state,
@@ -282,7 +285,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             names=group.get("param_names"),
             has_kernel=not (group.get("differentiable") or self._is_left_to_torch(group, modes)),
             rule=rule.name,
-            flags=sum(flag << bit for bit, flag in enumerate(rule.flags)),
+            flags=_as_bits(rule.flags),
             states=rule.states + ((SLOW,) if self._lookahead else ()),
             has_slow=self._lookahead is not None,
             alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
@@ -301,9 +304,20 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             first_element=self._first_element,
         )
 
-    def _move_count(self, p: Tensor, steps: float, to_device: bool) -> None:
-        device = p.device if to_device else "cpu"
-        self.state[p]["step"] = torch.full((), steps, dtype=torch.float32, device=device)
+    def _move_count(self, p: Tensor, steps: float | None, to_device: bool) -> None:
+        state, device = self.state[p], p.device if to_device else "cpu"
+        if steps is None:  # nobody waits for them
+            state["step"] = state["step"].to(torch.float32)
+        else:
+            state["step"] = torch.full((), steps, dtype=torch.float32, device=device)
+
+
+_params_of = itemgetter("params")
+
+
+@cache
+def _as_bits(flags: tuple[bool, ...]) -> int:
+    return sum(flag << bit for bit, flag in enumerate(flags))
 
 
 def _is_read_there(lr: Tensor) -> bool:

@@ -38,19 +38,20 @@ class Clips(HasOptions):
 
     def _scaling(self, pending: Pending = NOTHING) -> Scaling:
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
-        norm = self.max_grad_norm
+        given = self.defaults  # where the options are; found faster so
+        norm, skips = given.get("max_grad_norm"), given.get("skip_nonfinite", False)
         scaling = Scaling(
             unscale=1.0 if scale is None else 1.0 / _engine.number_or_device(scale),
             coefficient=pending.coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
-            skip_nonfinite=self.skip_nonfinite or self._scaler_asks,
+            skip_nonfinite=skips or self._scaler_asks,
             skip=self._unknown_skip(pending),
         )
         if (
             norm is not None
             or self._scaler_asks
             or scale is not None
-            or (self.skip_nonfinite and pending.norm is None)
+            or (skips and pending.norm is None)
         ):
             self._refuse_if_split()
         # (Tensors first: to compare one would be to wait for it.)
@@ -62,15 +63,18 @@ class Clips(HasOptions):
 
     def _is_to_skip(self, pending: Pending) -> bool:
         """Return whether it is known before the step that gradients are infinite or NaN."""
-        found = not _engine.on_device(getattr(self, "found_inf", None)) and found_inf(self)
-        norm = pending.norm
-        return found or (
-            self.skip_nonfinite and not isinstance(norm, Tensor) and not math.isfinite(norm or 0.0)
-        )
+        found, norm = getattr(self, "found_inf", None), pending.norm
+        if found is not None and not _engine.on_device(found) and _engine.number(found) != 0:
+            return True
+        if norm is None or isinstance(norm, Tensor):
+            return False
+        return self.skip_nonfinite and not math.isfinite(norm)
 
     def _unknown_skip(self, pending: Pending) -> Tensor | None:
         """Return what a device knows of that: not 0 if they are; None if none knows anything."""
         found = getattr(self, "found_inf", None)
+        if found is None and not isinstance(pending.norm, Tensor):
+            return None
         skips = [found.double()] if found is not None and _engine.on_device(found) else []
         if self.skip_nonfinite and isinstance(pending.norm, Tensor):
             skips.append((~pending.norm.isfinite()).double())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt import _core
+from fusedopt import _core, _memory
 
 engine = _core.Engine(isa=os.environ.get("FUSEDOPT_ISA", ""))
 
@@ -20,16 +20,29 @@ not_compiled = torch._compile._disable_dynamo
 
 def number(x: float | Tensor) -> float:
     """Return a hyper-parameter, which may be a one-element tensor, as a float."""
-    return float(x.item() if isinstance(x, Tensor) else x)
+    if type(x) is float:  # found faster so
+        return x
+    if not isinstance(x, Tensor):
+        return float(x)
+    if on_device(x) and _memory.is_capturing(-1 if x.is_cpu else x.device.index):
+        raise RuntimeError(
+            f"a graph cannot capture a step that waits for a number on {x.device}, here a "
+            "hyper-parameter, which each replay would repeat; pass a number, or a tensor on cpu: "
+            "of those on a device, only lr is read there"
+        )
+    return float(x.item())
 
 
 def on_device(x: object) -> bool:
     """Return whether x is a tensor that the engine's device kernels work on."""
-    if not isinstance(x, Tensor):
-        return False
+    return isinstance(x, Tensor) and why_no_kernels(x) == ""
+
+
+def why_no_kernels(x: Tensor) -> str | None:
+    """Return why the device of x has no kernels, empty if it has; None if it needs none."""
     if engine.emulated:
-        return x.device.type == "cpu"
-    return x.device.type == "cuda" and engine.has_kernels(x.device.index)
+        return engine.why_not(0) if x.is_cpu else None
+    return engine.why_not(x.device.index) if x.is_cuda else None
 
 
 def number_or_device(x: float | Tensor) -> float | Tensor:
@@ -69,8 +82,9 @@ class Group(NamedTuple):
     fold: Callable[[float], dict[str, float]]
     """Scalars of the rule for step number t; where lr is on a device, for some other lr."""
     create_state: Callable[[Tensor], None]
-    move_count: Callable[[Tensor, float, bool], None]
-    """Put so many steps into the state of a parameter, on its device or on the CPU."""
+    move_count: Callable[[Tensor, float | None, bool], None]
+    """Put so many steps into the state of a parameter, on its device or on the CPU; with None,
+    those that it has on its device, in float32."""
     unsigned: tuple[bool, ...]
     """Of each state of the rule, whether it has no sign: in 8 bits, that makes a difference."""
     has_master: bool

@@ -122,10 +122,11 @@ def _cause(group: dict[str, Any], p: Tensor, in_modes: bool) -> str:
     """Return why p has no kernel, for a warning."""
     assert p.grad is not None
     device = p.device.type
-    has_kernels = device == "cpu" or _engine.on_device(p)
+    why_not = _engine.why_no_kernels(p)
     causes = {
         "differentiable=True": group.get("differentiable"),
-        f"parameters on {device}": not has_kernels,
+        f"parameters on {device} ({why_not})": why_not,
+        f"parameters on {device}": why_not is None and device != "cpu",
         f"master weights, random rounding or 8-bit states on {device}": in_modes
         and _engine.on_device(p),
         "sparse gradients": _is_sparse(p),

@@ -1,4 +1,4 @@
-"""Memory of CUDA devices, from torch's allocator: for csrc/step/device_queue.cpp.
+"""CUDA devices as torch knows them, and memory from its allocator: for csrc/step/.
 
 Devices are numbers; a negative one is the CPU, which plays a device in tests.
 """
@@ -6,11 +6,13 @@ Devices are numbers; a negative one is the CPU, which plays a device in tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
+@cache
 def _device(index: int) -> torch.device:
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
 
@@ -38,6 +40,17 @@ def gather(numbers: Sequence[Tensor], device: int) -> Tensor:
     return torch.stack(there)
 
 
+def without_gaps(x: Tensor) -> Tensor:
+    """Return a copy whose elements lie one after the other, in the order of those of x."""
+    from_the_last = range(x.ndim - 1, -1, -1)
+    order = sorted(from_the_last, key=x.stride)[::-1]  # the innermost dimension last
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return x.detach().permute(order).contiguous().permute(back)
+
+
 def is_capturing(device: int) -> bool:
-    """Return whether the current stream is being captured into a graph."""
-    return device >= 0 and torch.cuda.is_current_stream_capturing()
+    """Return whether the device's current stream is being captured into a graph."""
+    if device < 0:
+        return False
+    with torch.cuda.device(device):  # torch asks of the current device alone
+        return torch.cuda.is_current_stream_capturing()

@@ -89,6 +89,8 @@ class HasOptions(Optimizer):
 
     def _refuse_options_in(self, group: dict[str, Any]) -> None:
         """Raise an error if a param group has an option of its own, which nothing would heed."""
+        if _NAMES.isdisjoint(group):
+            return
         for name in OPTIONS:
             if name not in group:
                 continue
@@ -101,6 +103,8 @@ class HasOptions(Optimizer):
 
 
 OPTIONS = {name: value for name, value in vars(HasOptions).items() if isinstance(value, Option)}
+
+_NAMES = frozenset(OPTIONS)
 
 
 def refuse_groups_of_another(params: Any, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from fusedopt._options import StateDType
 def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
     """Return the scalars with which the rules of Adam's family begin."""
     weight_decay = number(group["weight_decay"])
-    beta1, beta2 = (number(beta) for beta in group["betas"])
+    beta1, beta2 = map(number, group["betas"])
     decoupled = group["decoupled_weight_decay"]
     return {
         "weight_decay": weight_decay,
@@ -120,12 +120,12 @@ class Adam(Fused, torch.optim.Adam):
         return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        beta1, beta2 = (number(beta) for beta in group["betas"])
+        scalars = decay_and_betas(group)
         return {
-            **decay_and_betas(group),
-            "inv_sqrt_bias2": 1 / math.sqrt(1 - beta2**t),
+            **scalars,
+            "inv_sqrt_bias2": 1 / math.sqrt(1 - scalars["beta2"] ** t),
             "eps": number(group["eps"]),
-            "step_size": number(group["lr"]) / (1 - beta1**t),
+            "step_size": number(group["lr"]) / (1 - scalars["beta1"] ** t),
         }
 
     @staticmethod

@@ -91,7 +91,7 @@ class Lion(Fused, Optimizer):
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         lr = number(group["lr"])
-        beta1, beta2 = (number(beta) for beta in group["betas"])
+        beta1, beta2 = map(number, group["betas"])
         weight_decay = number(group["weight_decay"])
         return {
             "weight_decay": weight_decay,

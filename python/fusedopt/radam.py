@@ -104,7 +104,7 @@ class RAdam(Fused, torch.optim.RAdam):
         return Rule("radam", (coupled,), ("exp_avg", "exp_avg_sq"), counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        beta1, beta2 = (number(beta) for beta in group["betas"])
+        beta1, beta2 = map(number, group["betas"])
         step_size = number(group["lr"]) / (1 - beta1**t)
         rectification = _rectification(beta2, t)
         if rectification is not None:

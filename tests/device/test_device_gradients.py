@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt import _core, _engine
 from tests.helpers import (
     assert_same_bits,
     assert_same_state,
@@ -41,6 +43,39 @@ def test_any_gradient_has_the_bits_of_a_contiguous_one(
         expected.step()
         assert_same_bits(p.grad, before)
     assert_same_state(actual, expected, assert_same_bits)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        *GRADIENTS.values(),
+        lambda x: torch.stack([x.mT, x.mT], -1)[..., 0].mT,
+    ],
+    ids=[*GRADIENTS, "transposed and strided"],
+)
+@pytest.mark.parametrize("grad_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_norms_have_the_bits_of_the_cpus(
+    arrange: Callable[[Tensor], Tensor], grad_dtype: torch.dtype, device: str
+) -> None:
+    """Added up in the order in which the gradient lies, and before it is rounded."""
+
+    def found(engine: Any, at: str) -> tuple[Tensor, float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_engine, "engine", engine)
+            p = Parameter(values((130, 70), 0, torch.float64).to(at))
+            _set_gradient_of_any_dtype(p, arrange(values((130, 70), 1, grad_dtype).to(at)))
+            optimizer = fusedopt.SGD([p], lr=0.1, max_grad_norm=0.1)
+            optimizer.step()
+            assert p.grad is not None
+            on_cpu, sums, others = _engine.engine.norm([p.grad], 2.0, 1)
+            assert not others
+            return p.detach().cpu(), sums[0].item() if sums else on_cpu
+
+    where = "cuda" if device == "cuda" else "cpu"
+    actual = found(_engine.engine, where)
+    expected = found(_core.Engine(device="none"), "cpu")
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
 
 
 def test_gradients_of_another_precision() -> None:

@@ -28,6 +28,9 @@ THIN = 3  # see `turns`
 # who stepped before. So that the ratio to one peer does not depend on which others there are, a
 # turn is then REPEATED steps. The last one counts, and the first is reported separately.
 SMALL, REPEATED = 64_000_000, 4
+# The time on a GPU begins before the host's part of a step, which would be a tenth of it: of a row
+# that is not SMALL, as many steps are queued, and only the first one's is not hidden.
+QUEUED = 8
 Turn = list[float]
 """The seconds of its steps."""
 _PROBE = "probe"
@@ -76,6 +79,8 @@ def measure(
     limit = probe_bytes / _median_of(taken.pop(_PROBE), -1) / 1e9
     for name, turns_taken in taken.items():
         _fill(timings[name], turns_taken, row, limit)
+        if row.device == "cuda":
+            timings[name].host_microseconds = _host_seconds(steps[name], row.device) * 1e6
     ours = timings.get(OURS)
     if ours is not None and not ours.failed:
         for timing in timings.values():
@@ -128,6 +133,7 @@ def _interleave(
 ) -> tuple[dict[str, list[Turn]], dict[str, str]]:
     """Return the turns of each contestant, and who failed, and why."""
     steps_a_turn = REPEATED if row.bytes < SMALL else 1
+    queued = QUEUED if row.device == "cuda" and row.bytes >= SMALL else 1
     taken: dict[str, list[Turn]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
 
@@ -136,7 +142,8 @@ def _interleave(
             if name in failed:
                 continue
             try:
-                turn = [_seconds(steps[name], row.device) for _ in range(steps_a_turn)]
+                step = steps[name]
+                turn = [_seconds(step, row.device, queued) for _ in range(steps_a_turn)]
                 taken[name].append(turn)
             except Exception as error:  # such as a lack of memory
                 if name == _PROBE:
@@ -230,7 +237,7 @@ def bandwidth_probe(row: Row) -> tuple[Step, int]:
     is copied.
     """
     if row.device == "cuda":
-        source, target = torch.zeros(2, row.bytes // 2, dtype=torch.uint8, device=row.device)
+        source, target = (_random_bytes(row.bytes // 2, row.device) for _ in range(2))
         return lambda: target.copy_(source), row.bytes // 2 * 2
     count, n = _probed(row)
     arrays = [torch.zeros(n) for _ in range(count)]
@@ -241,19 +248,40 @@ def bandwidth_probe(row: Row) -> tuple[Step, int]:
     return stream, 4 * n * (2 * count - 1)
 
 
-def _seconds(step: Step, device: str) -> float:
-    """Return how long a step takes: on a GPU, from its first work in the stream to its last."""
+def _random_bytes(count: int, device: str) -> torch.Tensor:
+    """Return what no memory compresses, from an aligned address on."""
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, device=device)
+
+
+def _seconds(step: Step, device: str, queued: int = 1) -> float:
+    """Return how long a step takes, one of so many in a row.
+
+    On a GPU, from the first work in the stream to the last.
+    """
     if device == "cuda":
         begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
         begin.record()
-        step()
+        for _ in range(queued):
+            step()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / queued
     start = time.perf_counter()
-    step()
+    for _ in range(queued):
+        step()
     _synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / queued
+
+
+def _host_seconds(step: Step, device: str) -> float:
+    """Return how long a step keeps the host, with nothing left to do on the device."""
+    taken = []
+    for _ in range(FEWEST):
+        _synchronize(device)
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def _synchronize(device: str) -> None:

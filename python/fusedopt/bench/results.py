@@ -27,6 +27,8 @@ class Timing:
     cold_milliseconds: float | None = None
     """The median of steps right after those of others, which empty caches; `milliseconds` is then
     of steps after the contestant's own. None where a row is too large for that to matter."""
+    host_microseconds: float | None = None
+    """The median time until a step returns, with nothing left to do on its GPU; None on a CPU."""
     spread: float = 0.0
     """The interquartile range, as a share of the median."""
     gigabytes_per_second: float = 0.0

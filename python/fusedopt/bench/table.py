@@ -68,6 +68,7 @@ def _cells(timing: Timing) -> dict[str, str]:
         "of limit": f"{timing.share_of_limit:.0%}",
         "to fusedopt": "" if timing.ratio is None else f"{timing.ratio:.2f}x",
         "after others": _milliseconds(timing.cold_milliseconds),
+        "host": "" if (host := timing.host_microseconds) is None else f"{host:.0f} us",
         "first step": f"{timing.first_step_seconds:.3f} s",
         "compile": "" if compiling is None else f"{compiling:.1f} s",
     }
