@@ -197,6 +197,11 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         """Step what has a gradient in these groups; return its norm, and whether that skipped."""
         if _operators.must_be_seen(next((g["params"] for g in groups if g["params"]), ())):
             return self._update_by_operators(groups, scaling)
+        return self._update_by_engine(groups, scaling)
+
+    def _update_by_engine(
+        self, groups: list[dict[str, Any]], scaling: Scaling
+    ) -> tuple[float | Tensor, bool | Tensor]:
         return _engine.engine.step(
             self.state,
             [self._engine_group(group) for group in groups],
@@ -287,7 +292,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             counts_steps=rule.counts_steps,
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),
-            grad_scale=-1.0 if group["maximize"] else 1.0,
+            grad_scale=-1.0 if group.get("maximize") else 1.0,
             lr=lr,
             fold=lambda t: self._scalars(group, t),
             create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),
