@@ -110,15 +110,19 @@ class StepsMatrices(Fused):
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
         rounds = _rounds(groups)
-        if len(rounds) == 1:
+        clips_on_device = scaling.max_norm is not None and any(
+            _engine.on_device(p) for group in groups for p in group["params"][:1]
+        )
+        if len(rounds) == 1 and not clips_on_device:
             return self._update_once(groups, scaling)
-        # A parameter that is listed twice is stepped twice, from where the first step has led.
-        norm, factor = _decide(groups, scaling)
-        if factor is None:
-            return norm, True
-        for once in rounds:
-            self._update_once(once, Scaling(coefficient=factor))
-        return norm, False
+        # The engine would not say what a device multiplies by; and a parameter that is listed twice
+        # is stepped twice, from where the first step has led.
+        norm, decided = _decide(groups, scaling)
+        skipped: bool | Tensor = True
+        if decided is not None:
+            for once in rounds:
+                _, skipped = self._update_once(once, decided)
+        return norm, skipped
 
     def _update_once(
         self, groups: list[dict[str, Any]], scaling: Scaling
@@ -293,16 +297,19 @@ def _factor(scaling: Scaling, norm: float | Tensor) -> float | Tensor:
 
 def _decide(
     groups: list[dict[str, Any]], scaling: Scaling
-) -> tuple[float | Tensor, float | Tensor | None]:
-    """Return the norm, and the factor of all gradients; None if the step is skipped."""
+) -> tuple[float | Tensor, Scaling | None]:
+    """Return the norm of all gradients, and what it makes of them; None if the step is skipped."""
     norm: float | Tensor = math.nan
+    skip = scaling.skip
     if scaling.max_norm is not None or scaling.skip_nonfinite:
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norm = _norms.total_norm(gradients, 2) * scaling.unscale
-    skips = scaling.skip is not None and number(scaling.skip) != 0
-    if skips or (scaling.skip_nonfinite and not math.isfinite(norm)):
+        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = _norms.total_norm(found, 2) * scaling.unscale
+    if scaling.skip_nonfinite and isinstance(norm, Tensor):
+        infinite = (~norm.isfinite()).double()
+        skip = infinite if skip is None else skip + infinite
+    elif scaling.skip_nonfinite and not math.isfinite(norm):
         return norm, None
-    return norm, _factor(scaling, norm)
+    return norm, Scaling(coefficient=_factor(scaling, norm), skip=skip)
 
 
 def _nothing_is_left(unsupported: Any, factor: float) -> None:

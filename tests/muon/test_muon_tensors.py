@@ -165,6 +165,7 @@ def test_a_gradient_of_another_dtype_is_there_again_after_the_step() -> None:
     assert p.dtype == torch.bfloat16
 
 
+@pytest.mark.cpu_only("devices leave memory modes to torch's operators")
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_masters_are_the_weights_of_float32_training(half: torch.dtype) -> None:
     params = matrices(half)
@@ -356,6 +357,7 @@ def test_the_precision_is_the_optimizers() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("on a device, torch's operators have temporaries of their own")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 16])
 @pytest.mark.parametrize("side", [64, 256])
