@@ -23,11 +23,12 @@ help:
 demo: .venv/installed
 	$(RUN)/python examples/train_gpt.py $(ARGS)
 
-## make docs           the pictures and measured tables of docs/choosing.md and docs/memory.md
+## make docs           the pictures and measured tables of docs/choosing.md, memory.md and muon.md
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
 	$(RUN)/python -m tools.memory_quality
 	$(RUN)/python -m tools.memory_page --write
+	$(RUN)/python -m tools.muon_page
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
