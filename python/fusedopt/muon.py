@@ -13,6 +13,7 @@ from fusedopt._matrices import StepsMatrices
 from fusedopt._options import StateDType
 
 Coefficients = tuple[float, float, float]
+_TORCHS = torch.optim.Muon  # also where `as_torch_optim` gives its name to the one below
 COEFFICIENTS: Coefficients = (3.4445, -4.775, 2.0315)
 
 
@@ -21,7 +22,7 @@ def checked_defaults(**arguments: Any) -> dict[str, Any]:
     adjust_lr_fn = arguments["adjust_lr_fn"]
     if adjust_lr_fn == "spectral_unclamped":  # which some versions do not know
         arguments["adjust_lr_fn"] = None
-    defaults = torch.optim.Muon([torch.zeros(1, 1)], **arguments).defaults
+    defaults = _TORCHS([torch.zeros(1, 1)], **arguments).defaults
     return {**defaults, "adjust_lr_fn": adjust_lr_fn}
 
 

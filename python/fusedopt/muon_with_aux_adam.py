@@ -17,6 +17,7 @@ from fusedopt._options import StateDType
 from fusedopt.adam import AdamW, adam_rule, adam_scalars
 from fusedopt.muon import COEFFICIENTS, checked_defaults
 
+_TORCHS = torch.optim.AdamW  # also where `as_torch_optim` gives its name to that of fusedopt
 _ADAM_EPS = 1e-8
 
 
@@ -83,7 +84,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
         )
-        adamw = torch.optim.AdamW(
+        adamw = _TORCHS(
             [torch.zeros(1)], **for_both, betas=betas, eps=_ADAM_EPS if eps is None else eps
         )
         super().__init__(
@@ -135,13 +136,13 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
         for group in others:
             self._use_dtypes_of_params(group["params"])
         keys = ("params", "lr", "betas", "eps", "weight_decay")
-        adamw = torch.optim.AdamW(
+        adamw = _TORCHS(
             [{key: group[key] for key in keys} for group in others],
             maximize=bool(others[0].get("maximize")),
         )
         adamw.state = self.state
         with torch.no_grad():
-            inspect.unwrap(torch.optim.AdamW.step)(adamw)
+            inspect.unwrap(_TORCHS.step)(adamw)
 
     muon_reference = staticmethod(matrix_reference)
     adamw_reference = AdamW.reference

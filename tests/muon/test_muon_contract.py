@@ -59,6 +59,16 @@ def test_group_and_state_keys_are_torchs() -> None:
     assert made[0].defaults == made[1].defaults
 
 
+def test_the_name_of_torch_means_fusedopt_inside() -> None:
+    torchs = torch.optim.Muon
+    with fusedopt.as_torch_optim():
+        assert torch.optim.Muon is fusedopt.Muon
+        optimizers = [make(matrices()) for make in (torch.optim.Muon, both_kinds)]
+        for optimizer in optimizers:
+            train(optimizer, [p for g in optimizer.param_groups for p in g["params"]], 1)
+    assert torch.optim.Muon is torchs
+
+
 @each_maker
 def test_a_parameter_without_a_gradient_is_left_alone(make: Any) -> None:
     params = matrices()

@@ -207,6 +207,16 @@ def test_momentum_in_8_bits_is_near_that_in_float32() -> None:
         assert (p - q).abs().max() < 0.01
 
 
+def test_momentum_in_bfloat16_stays_momentum_without_a_look_ahead() -> None:
+    """Torch's 2.13 divides the buffer by its norm there: its cast returns the buffer itself."""
+    p = Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
+    optimizer = fusedopt.Muon([p], nesterov=False, momentum=0.5, ns_dtype=torch.bfloat16)
+    for expected in (4.0, 6.0, 7.0):
+        p.grad = torch.full((8, 8), 8.0, dtype=torch.bfloat16)
+        optimizer.step()
+        assert (optimizer.state[p]["momentum_buffer"] == expected).all()
+
+
 # ---- parts of a step -----------------------------------------------------------------------------
 
 
