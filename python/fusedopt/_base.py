@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt import _engine, _norms, _operators, _ranks, clip
-from fusedopt._clipping import NOTHING, Clips
+from fusedopt import _engine, _norms, _operators, _ranks
+from fusedopt._clipping import NOTHING, Clips, factor_of
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
@@ -220,11 +220,9 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         ]
         gradients = [p.grad for _, p in with_gradient]
         norm: float | Tensor = math.nan
-        factor = scaling.unscale * scaling.coefficient
         if scaling.max_norm is not None or scaling.skip_nonfinite:
             norm = _norms.total_norm(gradients, 2) * scaling.unscale
-        if scaling.max_norm is not None:
-            factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
+        factor = factor_of(scaling, norm)
         skips = [] if scaling.skip is None else [scaling.skip]
         skips += [~torch.as_tensor(norm).isfinite()] if scaling.skip_nonfinite else []
         if skips and _operators.is_traced():

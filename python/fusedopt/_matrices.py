@@ -6,16 +6,18 @@ is no matrix; of matrices it moves the momentum alone. Then come the matrices, s
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt import _engine, _exchange, _norms, clip
+from fusedopt import _engine, _exchange
 from fusedopt._base import Fused
 from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
+from fusedopt._clipping import decide, factor_of
 from fusedopt._engine import Group, Rule, Scaling, number
 from fusedopt._exchange import Places
 from fusedopt._gradients import gradient_of, gradients
@@ -109,7 +111,7 @@ class StepsMatrices(Fused):
     def _update_by_engine(
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
-        rounds = _rounds(groups)
+        rounds = self._rounds(groups)
         clips_on_device = scaling.max_norm is not None and any(
             _engine.on_device(p) for group in groups for p in group["params"][:1]
         )
@@ -117,7 +119,7 @@ class StepsMatrices(Fused):
             return self._update_once(groups, scaling)
         # The engine would not say what a device multiplies by; and a parameter that is listed twice
         # is stepped twice, from where the first step has led.
-        norm, decided = _decide(groups, scaling)
+        norm, decided = decide(groups, scaling)
         skipped: bool | Tensor = True
         if decided is not None:
             for once in rounds:
@@ -132,9 +134,28 @@ class StepsMatrices(Fused):
         if skipped is not True:
             skip = skipped.double() if isinstance(skipped, Tensor) else None
             with torch.no_grad():
-                self._step_matrices(groups, _factor(scaling, norm), skip)
+                self._step_matrices(groups, factor_of(scaling, norm), skip)
         self._left = frozenset()
         return norm, skipped
+
+    def _rounds(self, groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return these groups, more than once if a matrix is listed twice, but never with both."""
+        of_matrices = [self._steps_matrices_of(group) for group in groups]
+        listed = [id(p) for group in compress(groups, of_matrices) for p in group["params"]]
+        if len(set(listed)) == len(listed):
+            return [groups]
+        rounds = [[{**group, "params": [], "param_names": None} for group in groups]]
+        seen: Counter[Tensor] = Counter()
+        for index, group in enumerate(groups):
+            if not of_matrices[index]:
+                rounds[0][index] = group
+                continue
+            for p in group["params"]:
+                if seen[p] == len(rounds):
+                    rounds.append([{**each, "params": []} for each in rounds[0]])
+                rounds[seen[p]][index]["params"].append(p)
+                seen[p] += 1
+        return rounds
 
     def _fall_back(
         self,
@@ -267,49 +288,6 @@ class StepsMatrices(Fused):
 
 
 # ---- what a step is made of ----------------------------------------------------------------------
-
-
-def _rounds(groups: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return these groups, more than once if a parameter is listed twice, but never with both."""
-    listed = [id(p) for group in groups for p in group["params"]]
-    if len(set(listed)) == len(listed):
-        return [groups]
-    rounds: list[list[dict[str, Any]]] = []
-    seen: dict[int, int] = {}
-    for index, group in enumerate(groups):
-        names = group.get("param_names") or [None] * len(group["params"])
-        for p, name in zip(group["params"], names, strict=True):
-            number_of = seen[id(p)] = seen.get(id(p), -1) + 1
-            if number_of == len(rounds):
-                rounds.append([{**each, "params": [], "param_names": []} for each in groups])
-            rounds[number_of][index]["params"].append(p)
-            rounds[number_of][index]["param_names"].append(name)
-    return rounds
-
-
-def _factor(scaling: Scaling, norm: float | Tensor) -> float | Tensor:
-    """Return what the engine multiplies all gradients by: csrc/engine/verdict.h."""
-    factor = scaling.unscale * scaling.coefficient
-    if scaling.max_norm is not None:
-        factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
-    return factor
-
-
-def _decide(
-    groups: list[dict[str, Any]], scaling: Scaling
-) -> tuple[float | Tensor, Scaling | None]:
-    """Return the norm of all gradients, and what it makes of them; None if the step is skipped."""
-    norm: float | Tensor = math.nan
-    skip = scaling.skip
-    if scaling.max_norm is not None or scaling.skip_nonfinite:
-        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norm = _norms.total_norm(found, 2) * scaling.unscale
-    if scaling.skip_nonfinite and isinstance(norm, Tensor):
-        infinite = (~norm.isfinite()).double()
-        skip = infinite if skip is None else skip + infinite
-    elif scaling.skip_nonfinite and not math.isfinite(norm):
-        return norm, None
-    return norm, Scaling(coefficient=_factor(scaling, norm), skip=skip)
 
 
 def _nothing_is_left(unsupported: Any, factor: float) -> None:
