@@ -22,6 +22,7 @@ from fusedopt._engine import Group, Rule, Scaling, number
 from fusedopt._exchange import Places
 from fusedopt._gradients import gradient_of, gradients
 from fusedopt._numeric import accumulate
+from fusedopt._operators import without_autocast
 from fusedopt._options import Option
 from fusedopt._orthogonal import Iteration, step_ratio
 from fusedopt._shards import local
@@ -277,12 +278,13 @@ class StepsMatrices(Fused):
             **self._scalars(group, 1),
             **self._scalars({**group, _SHAPE: shape[1:]}, 1),
         }
-        new_p, new_buffer = matrix_reference(
-            *(x.to(wide).reshape(shape) for x in (p, g, buffer)),
-            **scalars,
-            nesterov=group["nesterov"],
-            iteration=Iteration.of(group),
-        )
+        with without_autocast(p.device.type):
+            new_p, new_buffer = matrix_reference(
+                *(x.to(wide).reshape(shape) for x in (p, g, buffer)),
+                **scalars,
+                nesterov=group["nesterov"],
+                iteration=Iteration.of(group),
+            )
         p.copy_(new_p.reshape(p.shape))
         buffer.copy_(new_buffer.reshape(p.shape))
 

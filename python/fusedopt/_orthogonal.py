@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -60,16 +58,16 @@ def orthogonalize_(x: Tensor, iteration: Iteration) -> None:
     Rounds where torch.optim.Muon does, if x has its precision.
     """
     most = min(SLICE_BYTES * len(x) // x.nbytes, len(x) // 4)  # for it takes three times as many
-    with _without_autocast(x.device.type):
-        for part in torch.split(x, max(1, most)):
-            _orthogonalize_part_(part, iteration)
+    for part in torch.split(x, max(1, most)):
+        _orthogonalize_part_(part, iteration)
 
 
 def _orthogonalize_part_(x: Tensor, iteration: Iteration) -> None:
     a, b, c = iteration.coefficients
     other = torch.empty_like(x)
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=iteration.eps)
-    # Each step goes from one tensor to the other, and the last one to x.
+    # Each step goes from one tensor to the other, and the last one to x. (With out=, torch.autocast
+    # leaves products in their precision.)
     now, then = (other, x) if iteration.steps % 2 else (x, other)
     torch.div(x, norm, out=now)
     del norm
@@ -82,16 +80,6 @@ def _orthogonalize_part_(x: Tensor, iteration: Iteration) -> None:
         factors = (now, polynomial) if is_tall else (polynomial, now)
         torch.baddbmm(now, *factors, beta=a, out=then)
         now, then = then, now
-
-
-@contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
-    """Keep the precision that was chosen, inside torch.autocast, too."""
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield
 
 
 def step_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
