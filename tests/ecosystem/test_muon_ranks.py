@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fusedopt
 from fusedopt import _batches
 from tests.ecosystem.common import backward, batch, part_of_batch
 from tests.ecosystem.ranks import run_ranks
-from tests.helpers import assert_same_bits, assert_within
+from tests.helpers import assert_same_bits, assert_within, values
 
 STEPS = 4
 MAX_NORM = 0.1
@@ -161,3 +161,48 @@ def test_ranks_agree_bit_for_bit(way: str, mode: str, ranks: list[Any]) -> None:
     for other in others:
         for a, b in zip(first["params"], other["params"], strict=True):
             assert_same_bits(a, b)
+
+
+# ---- memory modes --------------------------------------------------------------------------------
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "masters": {"master_weights": True, "state_dtype": torch.float32},
+    "momentum in bfloat16": {"master_weights": True},
+    "momentum in 8 bits": {"master_weights": True, "state_dtype": "mxfp8"},
+    "rounded at random": {"stochastic_rounding": True},
+}
+
+
+def stepped_as_a_whole_and_in_parts(options: dict[str, Any]) -> list[list[Tensor]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shapes = [(72, 64), (64, 72), (9, 33), (72, 64)]
+    plain = [nn.Parameter(values(s, i, torch.bfloat16)) for i, s in enumerate(shapes)]
+    parts = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+    found = []
+    optimizers = [fusedopt.Muon(params, lr=0.02, **options) for params in (plain, parts)]
+    for step in range(STEPS):
+        for i, (p, q) in enumerate(zip(plain, parts, strict=True)):
+            gradient = values(shapes[i], 100 * (step + 1) + i, torch.bfloat16)
+            p.grad, q.grad = gradient, distribute_tensor(gradient.clone(), mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer, params in zip(optimizers, (plain, parts), strict=True):
+        found.append([whole(optimizer._master(p)) for p in params])
+    return found
+
+
+def all_memory_modes() -> dict[str, Any]:
+    return {mode: stepped_as_a_whole_and_in_parts(options) for mode, options in MEMORY.items()}
+
+
+@pytest.fixture(scope="module")
+def in_memory_modes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_ranks(all_memory_modes, 2, tmp_path_factory.mktemp("muon_memory"))
+
+
+@pytest.mark.parametrize("mode", MEMORY)
+def test_memory_modes_on_ranks_are_those_of_one_process(mode: str, in_memory_modes: Any) -> None:
+    for rank in in_memory_modes:
+        for p, q in zip(*rank[mode], strict=True):
+            assert not torch.equal(p, torch.zeros_like(p))
+            torch.testing.assert_close(q, p, rtol=0, atol=1e-6)
