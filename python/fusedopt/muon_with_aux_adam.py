@@ -127,6 +127,15 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
             return super()._scalars(group, t)
         return adam_scalars(_as_adamw(group), t)
 
+    def _check_states(self, saved: dict[str, Any]) -> None:
+        for i, group in enumerate(saved.get("param_groups", ())):
+            if "use_muon" not in group:
+                raise ValueError(
+                    f"group {i} of the checkpoint does not say use_muon, so nobody knows who steps "
+                    "it; load a checkpoint of a MuonWithAuxAdam"
+                )
+        super()._check_states(saved)
+
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """Step parameters without a kernel: matrices by `reference`, others by torch's AdamW."""
         self._step_by_operators([group for group in groups if group["use_muon"]])

@@ -238,3 +238,15 @@ def test_operators_see_the_step_of_both_kinds() -> None:
     with Sees():
         train(optimizer, all_params(optimizer), 2)
     assert_same_state(optimizer, plain, assert_within)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes() -> None:
+    optimizer = make()
+    params = all_params(optimizer)
+    train(optimizer, params, 1)
+    of_adamw = fusedopt.AdamW([{"params": matrices()}, {"params": others()}])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="group 0 of the checkpoint does not say use_muon"):
+        optimizer.load_state_dict(of_adamw.state_dict())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    train(optimizer, params, 1)
