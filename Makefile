@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Tests of what optimizers do, wherever parameters are.
-ON_DEVICES := tests/contract $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py)
+ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py)
 
 # Files of tests side by side, each in one process.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -26,12 +26,13 @@ help:
 demo: .venv/installed
 	$(RUN)/python examples/train_gpt.py $(ARGS)
 
-## make docs           the pictures and measured tables of docs/choosing.md and docs/memory.md
+## make docs           the pictures and measured tables of docs/choosing.md, memory.md and muon.md
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
 	$(RUN)/python -m tools.memory_quality
 	$(RUN)/python -m tools.memory_speed
 	$(RUN)/python -m tools.memory_page --write
+	$(RUN)/python -m tools.muon_page
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed

@@ -32,15 +32,16 @@ OPTIMIZERS = "an optimizer a file"  # whatever has no other room and no undersco
 PYTHON: Floors = (
     ("__main__", "bench", "integrations"),
     ("__init__",),
-    ("amp", "release", "swap"),
+    ("amp", "groups", "release", "swap"),
     ("lookahead",),
     (OPTIMIZERS,),
+    ("_matrices",),
     ("_base",),
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_pending", "clip"),
-    ("_norms", "_storage"),
-    ("_engine", "_options", "_ranks"),
-    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_shards"),
+    ("_exchange", "_gradients", "_norms", "_storage"),
+    ("_batches", "_engine", "_options", "_ranks"),
+    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards"),
 )
 
 

@@ -12,6 +12,7 @@
 #include "rules/adam.h"
 #include "rules/lion.h"
 #include "rules/lookahead.h"
+#include "rules/muon.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/scale.h"
@@ -19,16 +20,19 @@
 #include "rules/traffic.h"
 
 // X(name, Rule, number of bool flags)
-#define FUSEDOPT_RULES(X)           \
-  X("sgd", Sgd, 1)                  \
-  X("sgd_momentum", SgdMomentum, 2) \
-  X("adam", Adam, 2)                \
-  X("rmsprop", RmsProp, 3)          \
-  X("adagrad", Adagrad, 1)          \
-  X("radam", RAdam, 1)              \
-  X("lion", Lion, 0)                \
-  X("lookahead", Lookahead, 0)      \
-  X("scale", Scale, 0)              \
+#define FUSEDOPT_RULES(X)             \
+  X("sgd", Sgd, 1)                    \
+  X("sgd_momentum", SgdMomentum, 2)   \
+  X("adam", Adam, 2)                  \
+  X("rmsprop", RmsProp, 3)            \
+  X("adagrad", Adagrad, 1)            \
+  X("radam", RAdam, 1)                \
+  X("lion", Lion, 0)                  \
+  X("muon_momentum", MuonMomentum, 0) \
+  X("muon_nesterov", MuonNesterov, 0) \
+  X("muon_step", MuonStep, 0)         \
+  X("lookahead", Lookahead, 0)        \
+  X("scale", Scale, 0)                \
   X("traffic", Traffic, 1)
 
 // A table with an entry for every rule and every combination of its flags, in this order:

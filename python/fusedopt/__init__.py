@@ -11,8 +11,12 @@ from fusedopt.adam import AdamW as AdamW
 from fusedopt.amp import GradScaler as GradScaler
 from fusedopt.clip import clip_grad_norm_ as clip_grad_norm_
 from fusedopt.clip import get_total_norm as get_total_norm
+from fusedopt.groups import decay_groups as decay_groups
+from fusedopt.groups import muon_groups as muon_groups
 from fusedopt.lion import Lion as Lion
 from fusedopt.lookahead import Lookahead as Lookahead
+from fusedopt.muon import Muon as Muon
+from fusedopt.muon_with_aux_adam import MuonWithAuxAdam as MuonWithAuxAdam
 from fusedopt.radam import RAdam as RAdam
 from fusedopt.release import GradientRelease as GradientRelease
 from fusedopt.release import release_gradients as release_gradients

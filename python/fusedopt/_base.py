@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt import _engine, _norms, _operators, _ranks, clip
-from fusedopt._clipping import NOTHING, Clips
+from fusedopt import _engine, _norms, _operators, _ranks
+from fusedopt._clipping import NOTHING, Clips, factor_of
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
@@ -200,6 +200,11 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         """Step what has a gradient in these groups; return its norm, and whether that skipped."""
         if _operators.must_be_seen(next(filter(None, map(_params_of, groups)), ())):
             return self._update_by_operators(groups, scaling)
+        return self._update_by_engine(groups, scaling)
+
+    def _update_by_engine(
+        self, groups: list[dict[str, Any]], scaling: Scaling
+    ) -> tuple[float | Tensor, bool | Tensor]:
         return _engine.engine.step(
             self.state,
             [self._engine_group(group) for group in groups],
@@ -218,11 +223,9 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         ]
         gradients = [p.grad for _, p in with_gradient]
         norm: float | Tensor = math.nan
-        factor = scaling.unscale * scaling.coefficient
         if scaling.max_norm is not None or scaling.skip_nonfinite:
             norm = _norms.total_norm(gradients, 2) * scaling.unscale
-        if scaling.max_norm is not None:
-            factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
+        factor = factor_of(scaling, norm)
         skips = [] if scaling.skip is None else [scaling.skip]
         skips += [~torch.as_tensor(norm).isfinite()] if scaling.skip_nonfinite else []
         if skips and _operators.is_traced():
@@ -292,7 +295,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             counts_steps=rule.counts_steps,
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),
-            grad_scale=-1.0 if group["maximize"] else 1.0,
+            grad_scale=-1.0 if group.get("maximize") else 1.0,
             lr=lr,
             fold=lambda t: self._scalars(group, t),
             create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),

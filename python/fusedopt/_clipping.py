@@ -24,6 +24,29 @@ def found_inf(optimizer: Optimizer) -> bool:
     return found is not None and _engine.number(found) != 0
 
 
+def factor_of(scaling: Scaling, norm: float | Tensor) -> float | Tensor:
+    """Return what the engine multiplies all gradients by: csrc/engine/verdict.h."""
+    factor = scaling.unscale * scaling.coefficient
+    if scaling.max_norm is not None:
+        factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
+    return factor
+
+
+def decide(groups: list[dict[str, Any]], scaling: Scaling) -> tuple[float | Tensor, Scaling | None]:
+    """Return the norm of all gradients, and what it makes of them; None if the step is skipped."""
+    norm: float | Tensor = math.nan
+    skip = scaling.skip
+    if scaling.max_norm is not None or scaling.skip_nonfinite:
+        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = _norms.total_norm(found, 2) * scaling.unscale
+    if scaling.skip_nonfinite and isinstance(norm, Tensor):
+        infinite = (~norm.isfinite()).double()
+        skip = infinite if skip is None else skip + infinite
+    elif scaling.skip_nonfinite and not math.isfinite(norm):
+        return norm, None
+    return norm, Scaling(coefficient=factor_of(scaling, norm), skip=skip)
+
+
 class Clips(HasOptions):
     """Clipping, loss scales and skipped steps, for `fusedopt._base.Fused`."""
 

@@ -47,7 +47,9 @@ class FromTorch(Stores):
                 one replaces.
             ValueError: an option is out of its range.
         """
-        parent = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+        parent = next(
+            base for base in cls.__mro__ if f"{base.__module__}.".startswith("torch.optim.")
+        )
         if parent is Optimizer:
             raise TypeError(f"torch has no {cls.__name__} to take over; use the constructor")
         if type(optimizer) is not parent:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,3 +43,13 @@ def is_traced() -> bool:
     )
 
     return get_proxy_mode() is not None
+
+
+@contextmanager
+def without_autocast(device: str) -> Iterator[None]:
+    """Let operators keep the precision of their arguments, inside torch.autocast, too."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            yield
+    else:
+        yield

@@ -285,9 +285,9 @@ class Stores(HasOptions):
             for key in (name, scale_key(name)):
                 state[key] = saved[key].to(p.device)
         elif stored_as == MXFP8:
-            state.update(_encoded(p, _decoded(saved, name).to(p.device), name))
+            state.update(_encoded(p, decoded(saved, name).to(p.device), name))
         else:
-            numbers = _decoded(saved, name)
+            numbers = decoded(saved, name)
             as_torch_does = self.state_dtype is None or name == SLOW
             if as_torch_does and torch.promote_types(numbers.dtype, p.dtype) != p.dtype:
                 stored_as = numbers.dtype  # the parameter's cannot hold them
@@ -419,7 +419,7 @@ def _check_codes(state: dict[str, Any], name: str) -> None:
         )
 
 
-def _decoded(state: dict[str, Any], name: str) -> Tensor:
+def decoded(state: dict[str, Any], name: str) -> Tensor:
     """Return a state as numbers."""
     _check_codes(state, name)
     value: Tensor = state[name]
@@ -433,7 +433,7 @@ def _decoded(state: dict[str, Any], name: str) -> Tensor:
 def _as_numbers(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state without what belongs to the ways of storing."""
     return {
-        key: _decoded(state, key) if _is_moment(key, value) else value
+        key: decoded(state, key) if _is_moment(key, value) else value
         for key, value in state.items()
         if key not in (REMAINDER, MASTER, ROUNDING) and not key.endswith("_scale")
     }

@@ -28,6 +28,25 @@ def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def adam_rule(group: dict[str, Any]) -> Rule:
+    """Return what steps a param group of Adam's family."""
+    coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
+    amsgrad = bool(group["amsgrad"])
+    states = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
+    return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
+
+
+def adam_scalars(group: dict[str, Any], t: float) -> dict[str, float]:
+    """Return the scalars of that rule in step t."""
+    scalars = decay_and_betas(group)
+    return {
+        **scalars,
+        "inv_sqrt_bias2": 1 / math.sqrt(1 - scalars["beta2"] ** t),
+        "eps": number(group["eps"]),
+        "step_size": number(group["lr"]) / (1 - scalars["beta1"] ** t),
+    }
+
+
 class Adam(Fused, torch.optim.Adam):
     r"""Fused `torch.optim.Adam`: same arguments, state, errors and checkpoints.
 
@@ -114,19 +133,10 @@ class Adam(Fused, torch.optim.Adam):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
-        amsgrad = bool(group["amsgrad"])
-        states = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
-        return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
+        return adam_rule(group)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
-        scalars = decay_and_betas(group)
-        return {
-            **scalars,
-            "inv_sqrt_bias2": 1 / math.sqrt(1 - scalars["beta2"] ** t),
-            "eps": number(group["eps"]),
-            "step_size": number(group["lr"]) / (1 - scalars["beta1"] ** t),
-        }
+        return adam_scalars(group, t)
 
     @staticmethod
     def reference(  # noqa: D102  (the class docstring has the formula)

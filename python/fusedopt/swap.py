@@ -9,6 +9,7 @@ import torch
 
 from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam, AdamW
+from fusedopt.muon import Muon
 from fusedopt.radam import RAdam
 from fusedopt.rmsprop import RMSprop
 from fusedopt.sgd import SGD
@@ -32,4 +33,4 @@ def as_torch_optim() -> Iterator[None]:
             setattr(torch.optim, name, cls)
 
 
-_CLASSES = (SGD, Adam, AdamW, RMSprop, Adagrad, RAdam)
+_CLASSES = (SGD, Adam, AdamW, RMSprop, Adagrad, RAdam, Muon)

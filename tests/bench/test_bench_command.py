@@ -23,6 +23,8 @@ def test_command(
     monkeypatch.setattr(rows, "quick_rows", lambda threads, device: [TINY])
     monkeypatch.setattr(rows, "scaling_rows", lambda *_: [TINY, TINY._replace(model="1 x 1M")])
     monkeypatch.setattr(rows, "memory_rows", lambda *_, quick: [TINY])
+    muon = TINY._replace(model="3 matrices of 16 x 16", optimizer="Muon")
+    monkeypatch.setattr(rows, "matrix_rows", lambda *_, quick: [muon])
     missing = who.library("nobody", {"AdamW": ("fusedopt_has_no_such_peer.AdamW", {})})
     monkeypatch.setattr(run, "contestants", lambda *_: [*TORCH, missing])
     monkeypatch.setattr(run, "TENSORS", 8)
@@ -32,9 +34,10 @@ def test_command(
     assert "nobody is missing: ModuleNotFoundError" in shown
     assert "3 x 16, AdamW, 1 thread: 0.001344 MB a step" in shown
     assert "Memory modes, 3 x 16, AdamW, 1 thread: at most" in shown
+    assert "3 matrices of 16 x 16, Muon, 1 thread" in shown
     report = read(found)
     parts = report.rows, report.scaling, report.overheads, report.memory
-    assert [len(part) for part in parts] == [1, 2, 1, 1]
+    assert [len(part) for part in parts] == [2, 2, 1, 1]
     assert report.missing == {"nobody": missing.missing}
     for path in (drawn, tmp_path / "drawn_scaling.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

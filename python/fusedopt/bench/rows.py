@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt._base import Fused
+from fusedopt._matrices import StepsMatrices
 
 Shapes = list[tuple[int, ...]]
 
@@ -41,7 +42,10 @@ def _resnet50() -> Shapes:
 
 
 def uniform(name: str) -> Shapes:
-    """Return the shapes that a name such as ``10 x 1M`` stands for."""
+    """Return the shapes of ``10 x 1M``, or ``3 matrices of 16 x 16``, or another such name."""
+    if " matrices of " in name:
+        count, shape = name.split(" matrices of ")
+        return [tuple(map(int, shape.split(" x ")))] * int(count)
     count, size = name.split(" x ")
     units = {"K": 1024, "M": 1_000_000}
     unit = units.get(size[-1], 1)
@@ -57,6 +61,12 @@ MODELS: dict[str, Shapes] = {
     },
 }
 
+# The weights of linear layers alone: of a transformer of 4 layers, 128 wide.
+MATRICES: dict[str, Shapes] = {
+    "96 matrices of 128 x 128": uniform("96 matrices of 128 x 128"),
+    "matrices of a small GPT": [(384, 128), (128, 128), (512, 128), (128, 512)] * 4,
+}
+
 _ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 # Spelled out, because the defaults of the peers differ. An optimizer that is not listed here is
@@ -69,6 +79,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Adagrad": {"lr": 1e-2, "eps": 1e-10},
     "RAdam": _ADAM,
     "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01},
+    "Muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1},
 }
 
 # The step alone; after clipping to MAX_NORM; after a GradScaler's unscaling and clipping.
@@ -77,11 +88,16 @@ MAX_NORM = 1.0
 
 
 def optimizers() -> list[str]:
-    """Return the names of all optimizers of the package, those with known arguments first."""
+    """Return the names of all optimizers of the package, those with known arguments first.
+
+    But for those that step matrices alone, which have rows of their own.
+    """
     found = [
         name
         for name, value in vars(fusedopt).items()
-        if isinstance(value, type) and issubclass(value, Fused)
+        if isinstance(value, type)
+        and issubclass(value, Fused)
+        and not issubclass(value, StepsMatrices)
     ]
     known = list(ARGUMENTS)
     return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
@@ -107,7 +123,7 @@ class Row(NamedTuple):
     @property
     def shapes(self) -> Shapes:
         """The shapes of the parameters."""
-        return MODELS.get(self.model) or uniform(self.model)
+        return MODELS.get(self.model) or MATRICES.get(self.model) or uniform(self.model)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -133,7 +149,7 @@ class Row(NamedTuple):
 
 def state_count(optimizer: str) -> int:
     """Return how many state tensors an optimizer of the package keeps for a parameter."""
-    made: Fused = getattr(fusedopt, optimizer)([torch.zeros(1)], **ARGUMENTS.get(optimizer, {}))
+    made: Fused = getattr(fusedopt, optimizer)([torch.zeros(1, 1)], **ARGUMENTS.get(optimizer, {}))
     return len(made._rule(made.param_groups[0]).states)
 
 
@@ -204,6 +220,12 @@ def quick_rows(threads: int, device: str) -> Iterator[Row]:
 def memory_rows(threads: int, device: str, *, quick: bool) -> Iterator[Row]:
     """Yield steps for those that keep parameters and states in ways of their own."""
     yield Row("ResNet-50" if quick else "GPT-2 124M", "AdamW", threads=threads, device=device)
+
+
+def matrix_rows(threads: int, device: str, *, quick: bool) -> Iterator[Row]:
+    """Yield steps of Muon, the first of them alone if time is short."""
+    for model in list(MATRICES)[: 1 if quick else None]:
+        yield Row(model, "Muon", threads=threads, device=device)
 
 
 def scaling_rows(threads: int, device: str) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fusedopt.bench import memory, table
+from fusedopt.bench import matrices, memory, table
 from fusedopt.bench import rows as all_about_rows
 from fusedopt.bench.contestants import Contestant, contestants
 from fusedopt.bench.measure import measure
@@ -114,6 +114,9 @@ def plan(
     ]
     budget = 0.8 if options.quick else 10.0
     jobs = [_row_job(row, entrants, options.repeats, budget) for row in chosen]
+    entrants_of_muon = matrices.contestants(options.peers, options.quick)
+    of_muon = all_about_rows.matrix_rows(threads, options.device, quick=options.quick)
+    jobs += [_row_job(row, entrants_of_muon, options.repeats, budget) for row in of_muon]
     modes = all_about_rows.memory_rows(threads, options.device, quick=options.quick)
     jobs += [_row_job(row, savers, options.repeats, budget, "memory") for row in modes]
     tiny = Row(f"{TENSORS} x 16", "AdamW", threads=threads, device=options.device)
