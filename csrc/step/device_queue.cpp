@@ -9,21 +9,12 @@ static T* pointer(const py::object& tensor) {
 
 // Torch's allocator hands out memory in the order of the stream: what is let go after a step is
 // used anew by later work only.
-static cuda::Memory make_memory(const py::object& memory, int place, bool is_capturing,
-                                const std::shared_ptr<Held>& held) {
-  const auto keep = [held](const py::object& tensor) {
-    held->push_back(tensor);
-    return pointer<char>(tensor);
+static cuda::Allocate allocate_with(const py::object& memory, int place,
+                                    const std::shared_ptr<Held>& held) {
+  return [=](int64_t bytes) {
+    held->push_back(memory.attr("empty")(place, bytes));
+    return pointer<char>(held->back());
   };
-  cuda::Memory result;
-  result.allocate = [=](int64_t bytes) { return keep(memory.attr("empty")(place, bytes)); };
-  // A graph would read the host's copy again whenever it is replayed.
-  if (!is_capturing) {
-    result.upload = [=](const std::string& bytes) {
-      return keep(memory.attr("upload")(place, py::bytes(bytes)));
-    };
-  }
-  return result;
 }
 
 DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reader, int device)
@@ -33,7 +24,7 @@ DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reade
       is_capturing_(py::cast<bool>(memory_.attr("is_capturing")(place_))),
       held_(std::make_shared<Held>()),
       queue_(kernels, {device, reader.current_stream(device)},
-             make_memory(memory_, place_, is_capturing_, held_)) {}
+             allocate_with(memory_, place_, held_)) {}
 
 py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items) const {
   const py::object result = memory_.attr("scalar")(place_, "float64");
