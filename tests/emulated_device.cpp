@@ -4,8 +4,10 @@
 
 #include "emulated_device.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -19,29 +21,57 @@ namespace {
 
 #include "cuda/device.h"
 
-struct Team {
+class Team {
+ public:
   template <class F>
   void each(F f) {
     for (int thread = 0; thread < kThreads; ++thread) f(thread);
   }
+  // Where threads wait for each other in the middle of f, all run to there, and then once more.
+  template <class F>
+  void together(F f) {
+    bool waits[kThreads];
+    has_joined_ = false;
+    std::memset(seen_, 0, sizeof(seen_));
+    for (int thread = 0; thread < kThreads; ++thread) waits[thread] = !f(thread);
+    has_joined_ = true;
+    for (int thread = 0; thread < kThreads; ++thread) {
+      if (waits[thread] && !f(thread)) std::abort();
+    }
+  }
+  template <int kLanes, int kCount>
+  bool join(int thread, uint32_t* largest) {
+    if (!has_joined_) {
+      std::copy(largest, largest + kCount, seen_[thread]);
+      return false;
+    }
+    const int first = thread / kLanes * kLanes;
+    for (int other = first; other < first + kLanes; ++other) {
+      for (int i = 0; i < kCount; ++i) largest[i] = std::max(largest[i], seen_[other][i]);
+    }
+    return true;
+  }
+
+ private:
+  bool has_joined_ = false;
+  uint32_t seen_[kThreads][kMaxStreams];
 };
 
 constexpr int64_t kResident = 3;  // blocks: few, so that each takes several tiles
 
 struct RuleRuns {
-  void (*update[kAnyKind + 1])(const Args<UpdateItem>&);
+  void (*update[kAnyCodecs + 1])(const Args<UpdateItem>&);
 };
 
 template <class F32, class F64>
 struct Make {
   template <int kKind>
   static void run(const Args<UpdateItem>& args) {
-    using Kind = KindOf<kKind>;
+    using Kind = KindOf<taken<F32>(kKind)>;
     const int64_t blocks = args.units < kResident ? args.units : kResident;
     for (int64_t block = 0; block < blocks; ++block) {
-      for (int thread = 0; thread < kThreads; ++thread) {
-        update<Kind, std::conditional_t<Kind::kDouble, F64, F32>>(args, block, blocks, thread);
-      }
+      Team team;
+      update<Kind, std::conditional_t<Kind::kDouble, F64, F32>>(team, args, block, blocks);
     }
   }
   template <int... kKind>
@@ -49,7 +79,7 @@ struct Make {
     return {{run<kKind>...}};
   }
   static constexpr RuleRuns entry(const char*, int) {
-    return all(std::make_integer_sequence<int, kAnyKind + 1>());
+    return all(std::make_integer_sequence<int, kAnyCodecs + 1>());
   }
 };
 
@@ -96,6 +126,10 @@ constexpr Kernels kKernels = {[](const Launch&, char* to, const std::string& tab
                               [](const Launch&, int rule, int kind, const Args<UpdateItem>& args) {
                                 kTable.entries[rule].update[kind](args);
                               },
+                              [](const Launch&, const Args<UpdateItem>& args) {
+                                for (int64_t i = 0; i < args.item_count + kThreads; ++i)
+                                  advance(args, i);
+                              },
                               [](int) { return true; }};
 
 }  // namespace
@@ -105,8 +139,8 @@ const Kernels* emulated_kernels() { return &kKernels; }
 std::pair<int64_t, int64_t> elements_of_tile(int64_t numel, int64_t number) {
   UpdateItem item{};
   item.numel = numel;
-  const Tile<KindOf<0>, Sgd<float, false>> tile(item, number);
-  const int64_t first = (tile.data[kParam] - item.data[kParam]) / int64_t{sizeof(float)};
+  const Tile<KindOf<0>, Sgd<float, false>> tile(item, {}, number);
+  const int64_t first = (tile.places[kParam].data - item.data[kParam]) / int64_t{sizeof(float)};
   return {first, first + tile.count};
 }
 

@@ -81,12 +81,37 @@ struct Team {
     f(static_cast<int>(threadIdx.x));
     __syncthreads();
   }
+  template <class F>
+  __device__ void together(F f) {
+    f(static_cast<int>(threadIdx.x));
+  }
+  // The largest of each that kLanes neighbours have.
+  template <int kLanes, int kCount>
+  __device__ bool join(int thread, uint32_t* largest) {
+    const uint32_t own = (kLanes < 32 ? (1u << kLanes) - 1 : 0xffffffff)
+                         << thread % 32 / kLanes * kLanes;
+    FUSEDOPT_UNROLL()
+    for (int i = 0; i < kCount; ++i) {
+      FUSEDOPT_UNROLL()
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        const uint32_t other = __shfl_xor_sync(own, largest[i], half);
+        largest[i] = largest[i] > other ? largest[i] : other;
+      }
+    }
+    return true;
+  }
 };
 
 template <int kKind, class Rule>
 __global__ void __launch_bounds__(kThreads, KindOf<kKind>::kBlocks)
     update_kernel(const __grid_constant__ Args<UpdateItem> args) {
-  update<KindOf<kKind>, Rule>(args, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x));
+  Team team;
+  update<KindOf<kKind>, Rule>(team, args, blockIdx.x, gridDim.x);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Args<UpdateItem> args) {
+  advance(args, int64_t{blockIdx.x} * kThreads + threadIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -118,26 +143,15 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 
 // ---- every rule with every combination of its flags, in the order of the CPU's tables -----------
 
-// Rules that are used most.
-template <class Rule>
-constexpr bool kIsHot = false;
-template <bool kCoupled>
-constexpr bool kIsHot<Adam<float, kCoupled, false>> = true;
-template <bool kDecay, bool kNesterov>
-constexpr bool kIsHot<SgdMomentum<float, kDecay, kNesterov>> = true;
-template <>
-constexpr bool kIsHot<Lion<float>> = true;
-
 struct RuleLaunches {
-  void (*update[kAnyKind + 1])(const Launch&, const Args<UpdateItem>&);
+  void (*update[kAnyCodecs + 1])(const Launch&, const Args<UpdateItem>&);
 };
 
 template <class F32, class F64>
 struct Make {
   template <int kKind>
   static void update(const Launch& at, const Args<UpdateItem>& args) {
-    constexpr bool kOwn = kKind < kCommonKinds || kKind == kAnyKind || kIsHot<F32>;
-    constexpr int kTaken = kOwn ? kKind : kAnyKind;
+    constexpr int kTaken = taken<F32>(kKind);
     const auto kernel =
         update_kernel<kTaken, std::conditional_t<KindOf<kTaken>::kDouble, F64, F32>>;
     const int64_t resident = resident_blocks(at, kernel);
@@ -149,7 +163,7 @@ struct Make {
   }
   static constexpr RuleLaunches entry(const char*, int) {
     static_assert(sizeof(F64) <= kMaxScalars * sizeof(double), "raise kMaxScalars");
-    return all(std::make_integer_sequence<int, kAnyKind + 1>());
+    return all(std::make_integer_sequence<int, kAnyCodecs + 1>());
   }
 };
 
@@ -200,6 +214,10 @@ void launch_update(const Launch& at, int rule, int kind, const Args<UpdateItem>&
   kTable.entries[rule].update[kind](at, args);
 }
 
+void launch_advance(const Launch& at, const Args<UpdateItem>& args) {
+  launch(at, "advancing draws", advance_kernel, args, blocks_for(args.item_count));
+}
+
 bool runs_on(int device) try {
   const Guard guard(device);
   cudaFuncAttributes attributes;
@@ -212,8 +230,8 @@ bool runs_on(int device) try {
   return false;
 }
 
-constexpr Kernels kKernels = {launch_write, launch_norm,   launch_finish,
-                              launch_fold,  launch_update, runs_on};
+constexpr Kernels kKernels = {launch_write,  launch_norm,    launch_finish, launch_fold,
+                              launch_update, launch_advance, runs_on};
 
 }  // namespace
 

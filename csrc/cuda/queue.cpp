@@ -10,22 +10,27 @@ namespace cuda {
 
 // The first kind that the streams are of.
 static int kind_of(const Job& job) {
+  const Stream *const streams = job.streams, *const end = streams + job.stream_count;
   int kind = 0;
   const auto is_as_stored = [&] {
-    return std::equal(job.streams, job.streams + job.stream_count, kKinds[kind],
+    return std::equal(streams, end, kKinds[kind],
                       [](const Stream& stream, DType dtype) { return stream.dtype == dtype; });
   };
-  while (kind < kAnyKind && !is_as_stored()) ++kind;
-  return kind;
+  while (kind < kAnyNumbers && !is_as_stored()) ++kind;
+  const bool numbers =
+      std::all_of(streams, end, [](const Stream& stream) { return is_number(stream.dtype); });
+  return kind == kAnyNumbers && !numbers ? kAnyCodecs : kind;
 }
 
 bool can_access(const Job& job) {
-  return kind_of(job) != kAnyKind ||
-         std::none_of(job.streams, job.streams + job.stream_count,
-                      [](const Stream& stream) { return stream.dtype == DType::f64; });
+  return kind_of(job) < kAnyNumbers ||
+         std::none_of(
+             job.streams, job.streams + job.stream_count,
+             [](const Stream& stream) { return stream.dtype == DType::f64; });
 }
 
-static bool is_double(int kind) { return kind != kAnyKind && kKinds[kind][kParam] == DType::f64; }
+static bool is_double(int kind) { return kind == kF64; }
+static bool is_of_numbers(int kind) { return kind < kFirstOfAdam || kind == kAnyNumbers; }
 
 static int64_t units_of(int64_t numel, int64_t unit) { return (numel + unit - 1) / unit; }
 
@@ -39,14 +44,12 @@ class Table {
 
   void add(const Item& item) { items_.push_back(item); }
 
-  // Puts an entry there, unless the last one is equal; returns where it is.
+  // Puts an entry there, unless it is equal to the one at `last`; returns where it is.
   template <class Entry>
-  int32_t share(const Entry& entry) {
+  int32_t share(const Entry& entry, int32_t last = -1) {
     const auto* const bytes = reinterpret_cast<const char*>(&entry);
-    if (head_.empty() ||
-        head_.compare(head_.size() - sizeof(entry), sizeof(entry), bytes, sizeof(entry)) != 0) {
-      head_.append(bytes, sizeof(entry));
-    }
+    if (last >= 0 && !std::memcmp(head_.data() + last, bytes, sizeof(entry))) return last;
+    head_.append(bytes, sizeof(entry));
     return static_cast<int32_t>(head_.size() - sizeof(entry));
   }
 
@@ -117,6 +120,25 @@ static Folded<T> fold(const Update& update) {
   return folded;
 }
 
+static Parts parts_of(const Update& update) {
+  const Job& job = *update.job;
+  Parts parts{};
+  for (int s = 0; s < job.stream_count; ++s) parts.second[s] = job.streams[s].second;
+  parts.rounding = update.rounding;
+  parts.first_element = job.origin.first;
+  parts.rows = job.origin.rows;
+  parts.other_key = job.origin.key;
+  parts.draws_back = update.draws_again;
+  return parts;
+}
+
+// Of what takes the place of a gradient where the rule takes none.
+static DType as_number(DType dtype) {
+  return is_number(dtype)                                            ? dtype
+         : dtype == DType::bf16_split || dtype == DType::bf16_random ? DType::bf16
+                                                                     : DType::f16;
+}
+
 // Makes one launch of updates that differ in nothing but scalars and data.
 template <class T>
 std::function<void()> Queue::make_update(const std::vector<const Update*>& updates, int kind,
@@ -127,26 +149,29 @@ std::function<void()> Queue::make_update(const std::vector<const Update*>& updat
       folds ? allocate_(static_cast<int64_t>(updates.size() * sizeof(Folded<T>))) : nullptr;
   Table<FoldItem> clocks;
   Table<UpdateItem> table;
-  int32_t folded = 0;
+  int32_t folded = -1, host_folded = -1;
+  bool draws = false;
   for (const Update* const update : updates) {
     const Job& job = *update->job;
     if (folds) {
       folded = static_cast<int32_t>(clocks.count() * int64_t{sizeof(Folded<T>)});
       const Clock& clock = update->clock;
-      clocks.add({clock.step, clock.lr, clock.host_lr, clock.t, scalars + folded,
-                  clocks.share(fold<double>(*update)), static_cast<int16_t>(rule),
-                  clock.lr_is_double, is_double(kind)});
+      host_folded = clocks.share(fold<double>(*update), host_folded);
+      clocks.add({clock.step, clock.lr, clock.host_lr, clock.t, scalars + folded, host_folded,
+                  static_cast<int16_t>(rule), clock.lr_is_double, is_double(kind)});
     } else {
-      folded = table.share(fold<T>(*update));
+      folded = table.share(fold<T>(*update), folded);
     }
     UpdateItem item{};
     for (int s = 0; s < job.stream_count; ++s) {
       item.data[s] = job.streams[s].data;
-      item.dtypes[s] = job.streams[s].dtype;
+      item.dtypes[s] = s == kGrad ? as_number(job.streams[s].dtype) : job.streams[s].dtype;
     }
     item.numel = job.numel;
     item.begin = table.units;
     item.folded = folded;
+    if (!is_of_numbers(kind)) item.parts = table.share(parts_of(*update));
+    draws = draws || (update->rounding && !update->draws_again);
     table.units += units_of(job.numel, kTile);
     table.add(item);
   }
@@ -154,6 +179,7 @@ std::function<void()> Queue::make_update(const std::vector<const Update*>& updat
   args.scalars = scalars;
   const auto start = [=, kernels = &kernels_, launch = launch_] {
     if (args.units != 0) kernels->update(launch, rule, kind, args);
+    if (draws) kernels->advance(launch, args);
   };
   if (!folds) return start;
   return [start, kernels = &kernels_, launch = launch_, clocks = arguments(clocks, decision)] {

@@ -27,6 +27,8 @@ struct Update {
   const Job* job;
   double grad_scale;
   Clock clock;
+  int64_t* rounding = nullptr;  // on the device: key and number of the draw of random bits
+  bool draws_again = false;     // takes those of an update that has come before
 };
 
 // Whether a kernel takes the streams of a job.

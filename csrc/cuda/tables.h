@@ -48,8 +48,19 @@ struct UpdateItem {
   char* data[kMaxStreams];
   int64_t numel;
   int64_t begin;   // the number of its first tile, over the items of this launch
-  int32_t folded;  // where its scalars are, in bytes
+  int32_t folded;  // where its scalars are, in bytes,
+  int32_t parts;   // and what its streams are stored in beside arrays of numbers
   DType dtypes[kMaxStreams];
+};
+
+// Second arrays, and what random bits come of.
+struct Parts {
+  char* second[kMaxStreams];
+  int64_t* rounding;      // key * 2**32 + draw, to be advanced; or null
+  int64_t first_element;  // elements of the whole parameter before these
+  Rows rows;
+  uint32_t other_key;  // to be joined to it
+  int32_t draws_back;  // 1: what takes the bits of the same draw has been launched before
 };
 
 // A parameter whose scalars depend on a learning rate or a count of steps that the device has.
@@ -81,8 +92,11 @@ struct Args {
     return reinterpret_cast<const Item*>(table() + head_bytes);
   }
   template <class Entry>
-  FUSEDOPT_HD const Entry& entry(int32_t at) const {
+  FUSEDOPT_HD const Entry& scalars_at(int32_t at) const {
     return *reinterpret_cast<const Entry*>((scalars ? scalars : table()) + at);
+  }
+  FUSEDOPT_HD const Parts& parts_at(int32_t at) const {
+    return *reinterpret_cast<const Parts*>(table() + at);
   }
 };
 
@@ -142,17 +156,25 @@ struct FinishArgs {
 };
 
 // How the streams of an update may be stored so that a kernel of its own takes them: parameter,
-// gradient, states. All rules have kernels of the first few kinds, and those that are used most of
-// all of them; a last kernel takes any kind of numbers but doubles.
+// gradient, states. Two last kinds of kernels take any numbers but doubles, and anything else.
 constexpr DType kKinds[][kMaxStreams] = {
-#define FUSEDOPT_KIND(param, grad, state) \
-  {DType::param, DType::grad, DType::state, DType::state, DType::state}
-    FUSEDOPT_KIND(f32, f32, f32), FUSEDOPT_KIND(f64, f64, f64),   FUSEDOPT_KIND(bf16, bf16, bf16),
-    FUSEDOPT_KIND(f16, f16, f16), FUSEDOPT_KIND(bf16, bf16, f32), FUSEDOPT_KIND(f32, bf16, f32),
+#define FUSEDOPT_KIND(param, grad, state0, state1) \
+  {DType::param, DType::grad, DType::state0, DType::state1, DType::state1}
+    FUSEDOPT_KIND(f32, f32, f32, f32),          // of every rule
+    FUSEDOPT_KIND(f64, f64, f64, f64),          //
+    FUSEDOPT_KIND(bf16, bf16, bf16, bf16),      // of some (kernel.cu)
+    FUSEDOPT_KIND(bf16, bf16, f32, f32),        //
+    FUSEDOPT_KIND(f32, bf16, f32, f32),         //
+    FUSEDOPT_KIND(f16, f16, f16, f16),          //
+    FUSEDOPT_KIND(bf16_split, bf16, f32, f32),  // of Adam
+    FUSEDOPT_KIND(bf16_split, bf16, bf16, bf16),
+    FUSEDOPT_KIND(bf16_split, bf16, e4m3, e5m3),
+    FUSEDOPT_KIND(bf16_random, bf16, bf16, bf16),
+    FUSEDOPT_KIND(bf16_random, bf16, e4m3, e5m3),
 #undef FUSEDOPT_KIND
 };
-constexpr int kCommonKinds = 3;
-constexpr int kAnyKind = sizeof(kKinds) / sizeof(kKinds[0]);
+constexpr int kF64 = 1, kBFloat16 = 2, kFirstOfSome = 2, kFirstOfAdam = 6;
+constexpr int kAnyNumbers = sizeof(kKinds) / sizeof(kKinds[0]), kAnyCodecs = kAnyNumbers + 1;
 
 // What the engine needs of a device.
 struct Launch {
@@ -165,6 +187,7 @@ struct Kernels {
   void (*finish)(const Launch&, const FinishArgs&);
   void (*fold)(const Launch&, const Args<FoldItem>&);
   void (*update)(const Launch&, int rule, int kind, const Args<UpdateItem>&);
+  void (*advance)(const Launch&, const Args<UpdateItem>&);  // draws of random bits
   bool (*runs_on)(int device);  // whether it and its driver take these kernels
 };
 

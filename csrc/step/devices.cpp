@@ -87,7 +87,8 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
     clock.t = entry.t;
     const Rule& rule = entry.folded->rule;
     updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, &memory_.jobs[i],
-                       memory_.jobs[i].grad_scale * factor, clock});
+                       memory_.jobs[i].grad_scale * factor, clock,
+                       static_cast<int64_t*>(entry.rounding.data)});
   }
   return updates;
 }
@@ -97,8 +98,15 @@ std::vector<cuda::Update> StepPlan::updates_after(int device) const {
   std::vector<cuda::Update> updates;
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     const Job* then = memory_.jobs[i].then;
-    if (memory_.entries[i].device != device || !then) continue;
-    updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, then, 1, {}});
+    const Entry& entry = memory_.entries[i];
+    if (entry.device != device || !then) continue;
+    updates.push_back({static_cast<int>(&rule - kernels_.rules),
+                       rule.scalars,
+                       then,
+                       1,
+                       {},
+                       static_cast<int64_t*>(entry.rounding.data),
+                       /*draws_again=*/true});
   }
   return updates;
 }

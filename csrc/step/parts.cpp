@@ -68,7 +68,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
     const bool split = param.dtype == DType::bf16;
     join(split ? part_keys().remainder : part_keys().master,
          std::string(split ? "an int16" : "a float32") + " tensor of shape " + shape_text(param) +
-             " on cpu",
+             " on " + device_text(param.device),
          [&](const View& second) { return join_master(second, &param); });
   }
   for (size_t s = 0; s < group.rule_states(); ++s) {
@@ -78,7 +78,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
     takes_bits = true;
     join(scale_key(group.states[s]),
          "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
-             std::to_string(rows_of(plain).blocks()) + ") on cpu",
+             std::to_string(rows_of(plain).blocks()) + ") on " + device_text(plain.device),
          [&](const View& scale) {
            return join_scales(has_no_sign(group, s), scale, plain, &state);
          });
@@ -86,9 +86,12 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
   if (!takes_bits) return;
   PyObject* const rounding = found(part_keys().rounding);
   if (!rounding) return;
-  if (!tensors_.read_count(rounding, &entry->rounding, &held_) ||
-      entry->rounding.type != TensorReader::Count::i64 || entry->rounding.device != kHost) {
-    refuse(part_keys().rounding, rounding, "an int64 tensor on cpu with one element");
+  const bool readable = tensors_.read_count(rounding, &entry->rounding, &held_);
+  if (tensors_.emulated()) entry->rounding.device = entry->device;
+  if (!readable || entry->rounding.type != TensorReader::Count::i64 ||
+      entry->rounding.device != entry->device) {
+    refuse(part_keys().rounding, rounding,
+           "an int64 tensor on " + device_text(entry->device) + " with one element");
   }
   if (rounds_at_random(group, param)) set_random(&param);
   if (param.is_local_part) {
