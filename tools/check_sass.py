@@ -120,14 +120,19 @@ def faults_of(kernel: Kernel) -> Iterator[str]:
     # Each array has one access of one element, for what is left over, and as many words as a group
     # takes: any other number would be of partial ones. Eight codes are half a word.
     width = ELEMENTS.get(kind, 8)
-    for operation in ("LDG", "STG"):
-        sizes = kernel.accesses(operation)
-        if operation == "LDG":  # the decision: whether to skip, and a factor
-            sizes -= Counter([32, 64 if kind == F64 else 32])
+
+    def is_in_words(sizes: Counter[int]) -> bool:
         words = sizes[16] + sizes[32] * width // 4 + (sizes[64] if kind == F64 else 0)
-        halves = sizes[8] if kind != F64 else sizes[64]
-        if not words or sizes[128] != words or sizes[64] != halves:
-            yield f"accesses so many times so many bits by {operation}: {dict(sizes)}"
+        halves = sizes[64] if kind == F64 else sizes[8]
+        return words > 0 and (sizes[128], sizes[64]) == (words, halves)
+
+    loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+    # Of the decision: whether to skip, and a factor where there is a gradient.
+    decision = Counter([32, 64 if kind == F64 else 32]), Counter([32])
+    if not any(is_in_words(loads - each) for each in decision):
+        yield f"loads so many times so many bits: {dict(loads)}"
+    if not is_in_words(stores):
+        yield f"stores so many times so many bits: {dict(stores)}"
 
 
 def fused_in(ptx: str) -> Iterator[str]:
