@@ -43,13 +43,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_devices", &fusedopt::cuda::device_names);
 #if defined(FUSEDOPT_EMULATED_DEVICE)
   m.attr("emulated_device") = true;
-  m.def("ranges_of_tile",
-        [](uintptr_t address, int item_size, int width, int64_t numel, int64_t tile) {
-          const auto dtype = item_size == 8   ? fusedopt::DType::f64
-                             : item_size == 4 ? fusedopt::DType::f32
-                                              : fusedopt::DType::bf16;
-          return fusedopt::cuda::ranges_of_tile(address, dtype, width, numel, tile);
-        });
+  m.def("elements_of_tile", &fusedopt::cuda::elements_of_tile);
   m.def("item_of_unit", &fusedopt::cuda::item_of_unit);
 #else
   m.attr("emulated_device") = false;

@@ -4,8 +4,10 @@
 
 #include "emulated_device.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -19,71 +21,78 @@ namespace {
 
 #include "cuda/device.h"
 
-struct Team {
+class Team {
+ public:
   template <class F>
   void each(F f) {
     for (int thread = 0; thread < kThreads; ++thread) f(thread);
   }
+  // Where threads wait for each other in the middle of f, all run to there, and then once more.
+  template <class F>
+  void together(F f) {
+    bool waits[kThreads];
+    has_joined_ = false;
+    std::memset(seen_, 0, sizeof(seen_));
+    for (int thread = 0; thread < kThreads; ++thread) waits[thread] = !f(thread);
+    has_joined_ = true;
+    for (int thread = 0; thread < kThreads; ++thread) {
+      if (waits[thread] && !f(thread)) std::abort();
+    }
+  }
+  template <int kLanes, int kCount>
+  bool join(int thread, uint32_t* largest) {
+    if (!has_joined_) {
+      std::copy(largest, largest + kCount, seen_[thread]);
+      return false;
+    }
+    const int first = thread / kLanes * kLanes;
+    for (int other = first; other < first + kLanes; ++other) {
+      for (int i = 0; i < kCount; ++i) largest[i] = std::max(largest[i], seen_[other][i]);
+    }
+    return true;
+  }
+
+ private:
+  bool has_joined_ = false;
+  uint32_t seen_[kThreads][kMaxStreams];
 };
 
 constexpr int64_t kResident = 3;  // blocks: few, so that each takes several tiles
 
-// Calls f(args) with the arguments as what they are.
-template <class Item, class F>
-void with_args(const void* args, int64_t bytes, F f) {
-  if (bytes == kSmallBytes) {
-    f(*static_cast<const Args<Item, kSmallBytes>*>(args));
-  } else {
-    f(*static_cast<const Args<Item, kLargeBytes>*>(args));
-  }
-}
-
-template <class Access, class Rule>
-void run_update(const void* args, int64_t bytes, int64_t units) {
-  const int64_t blocks = units < kResident ? units : kResident;
-  with_args<UpdateItem>(args, bytes, [&](const auto& args) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int thread = 0; thread < kThreads; ++thread) {
-        update<Access, Rule>(args, block, blocks, thread);
-      }
-    }
-  });
-}
-
-template <class T, class Rule>
-void run_fold(const void* args, int64_t bytes, int64_t items) {
-  const int64_t threads = (items + kThreads - 1) / kThreads * kThreads;
-  with_args<FoldItem>(args, bytes, [&](const auto& args) {
-    for (int64_t i = 0; i < threads; ++i) fold<T, Rule>(args, i);
-  });
-}
-
-using Run = void (*)(const void*, int64_t, int64_t);
 struct RuleRuns {
-  Run update[3], fold[3];  // by Streams
+  void (*update[kAnyCodecs + 1])(const Args<UpdateItem>&);
 };
 
 template <class F32, class F64>
 struct Make {
+  template <int kKind>
+  static void run(const Args<UpdateItem>& args) {
+    using Kind = KindOf<taken<F32>(kKind)>;
+    const int64_t blocks = args.units < kResident ? args.units : kResident;
+    for (int64_t block = 0; block < blocks; ++block) {
+      Team team;
+      update<Kind, std::conditional_t<Kind::kDouble, F64, F32>>(team, args, block, blocks);
+    }
+  }
+  template <int... kKind>
+  static constexpr RuleRuns all(std::integer_sequence<int, kKind...>) {
+    return {{run<kKind>...}};
+  }
   static constexpr RuleRuns entry(const char*, int) {
-    return {
-        {run_update<Uniform<float>, F32>, run_update<Mixed, F32>, run_update<Uniform<double>, F64>},
-        {run_fold<float, F64>, run_fold<float, F64>, run_fold<double, F64>}};
+    return all(std::make_integer_sequence<int, kAnyCodecs + 1>());
   }
 };
 
 constexpr auto kTable = make_rule_table<RuleRuns, Make>();
 
 template <Norm kNorm>
-void run_norm(const void* args, int64_t bytes, int64_t units) {
+void run_norm(const Args<NormItem>& args) {
   constexpr int64_t kBlocks = kThreads / kNormLanes;
-  with_args<NormItem>(args, bytes, [&](const auto& args) {
-    for (int64_t block = 0; block < (units + kBlocks - 1) / kBlocks; ++block) {
-      double lanes[kThreads];
-      Team team;
-      norm<kNorm>(team, args, block, lanes);
-    }
-  });
+  for (int64_t block = 0; block < (args.units + kBlocks - 1) / kBlocks; ++block) {
+    double lanes[kThreads];
+    Team team;
+    norm<kNorm>(team, args, block, lanes);
+  }
 }
 
 template <Norm kNorm>
@@ -93,39 +102,52 @@ void run_finish(const FinishArgs& args) {
   finish<kNorm>(team, args, lanes);
 }
 
-constexpr Kernels kKernels = {
-    [](const Launch&, Norm norm, const void* args, int64_t bytes, int64_t units) {
-      constexpr Run kRuns[] = {run_norm<Norm::one>, run_norm<Norm::two>, run_norm<Norm::inf>};
-      kRuns[static_cast<int>(norm)](args, bytes, units);
-    },
-    [](const Launch&, const FinishArgs& args) {
-      constexpr void (*kRuns[])(const FinishArgs&) = {run_finish<Norm::one>, run_finish<Norm::two>,
-                                                      run_finish<Norm::inf>};
-      kRuns[static_cast<int>(args.norm)](args);
-    },
-    [](const Launch&, int rule, Streams streams, const void* args, int64_t bytes, int64_t items) {
-      kTable.entries[rule].fold[static_cast<int>(streams)](args, bytes, items);
-    },
-    [](const Launch&, int rule, Streams streams, const void* args, int64_t bytes, int64_t units) {
-      kTable.entries[rule].update[static_cast<int>(streams)](args, bytes, units);
-    },
-    [](int) { return std::string(); },
-    [] { return kLargeBytes; }};
+constexpr Kernels kKernels = {[](const Launch&, char* to, const std::string& table) {
+                                in_pages<kSmallBytes>(to, table, [](const auto& page) {
+                                  for (int64_t i = 0; i < page.count + kThreads; ++i)
+                                    write(page, i);
+                                });
+                              },
+                              [](const Launch&, Norm norm, const Args<NormItem>& args) {
+                                constexpr void (*kRuns[])(const Args<NormItem>&) = {
+                                    run_norm<Norm::one>, run_norm<Norm::two>, run_norm<Norm::inf>};
+                                kRuns[static_cast<int>(norm)](args);
+                              },
+                              [](const Launch&, const FinishArgs& args) {
+                                constexpr void (*kRuns[])(const FinishArgs&) = {
+                                    run_finish<Norm::one>, run_finish<Norm::two>,
+                                    run_finish<Norm::inf>};
+                                kRuns[static_cast<int>(args.norm)](args);
+                              },
+                              [](const Launch&, const Args<FoldItem>& args) {
+                                for (int64_t i = 0; i < args.item_count + kThreads; ++i)
+                                  fold(args, i);
+                              },
+                              [](const Launch&, int rule, int kind, const Args<UpdateItem>& args) {
+                                kTable.entries[rule].update[kind](args);
+                              },
+                              [](const Launch&, const Args<UpdateItem>& args) {
+                                for (int64_t i = 0; i < args.item_count + kThreads; ++i)
+                                  advance(args, i);
+                              },
+                              [](int) { return std::string(); }};
 
 // What launches nothing: what is left of a step is the host's.
-constexpr Kernels kIdle = {[](const Launch&, Norm, const void*, int64_t, int64_t) {},
+constexpr Kernels kIdle = {[](const Launch&, char*, const std::string&) {},
+                           [](const Launch&, Norm, const Args<NormItem>&) {},
                            [](const Launch&, const FinishArgs&) {},
-                           [](const Launch&, int, Streams, const void*, int64_t, int64_t) {},
-                           [](const Launch&, int, Streams, const void*, int64_t, int64_t) {},
-                           kKernels.why_not,
-                           kKernels.largest_args};
+                           [](const Launch&, const Args<FoldItem>&) {},
+                           [](const Launch&, int, int, const Args<UpdateItem>&) {},
+                           [](const Launch&, const Args<UpdateItem>&) {},
+                           kKernels.why_not};
 
-constexpr Kernels kOutdated = {kKernels.norm,
+constexpr Kernels kOutdated = {kKernels.write,
+                               kKernels.norm,
                                kKernels.finish,
                                kKernels.fold,
                                kKernels.update,
-                               [](int) { return std::string("the driver is from another age"); },
-                               kKernels.largest_args};
+                               kKernels.advance,
+                               [](int) { return std::string("the driver is from another age"); }};
 
 }  // namespace
 
@@ -136,25 +158,12 @@ const Kernels* emulated_kernels(const std::string& name) {
   return nullptr;
 }
 
-std::vector<std::pair<int64_t, int64_t>> ranges_of_tile(uintptr_t address, DType dtype, int width,
-                                                        int64_t numel, int64_t tile) {
+std::pair<int64_t, int64_t> elements_of_tile(int64_t numel, int64_t number) {
   UpdateItem item{};
-  item.data[kParam] = reinterpret_cast<char*>(address);
-  item.dtypes[kParam] = dtype;
   item.numel = numel;
-  std::vector<std::pair<int64_t, int64_t>> ranges;
-  const auto visit = [&](auto groups) {
-    for (int64_t i = 0; i < groups.count(); ++i) {
-      const Group group = groups[i];
-      ranges.emplace_back(group.first + group.begin, group.first + group.end);
-    }
-  };
-  switch (width) {
-    case 2: visit(Groups<2>(item, tile)); break;
-    case 4: visit(Groups<4>(item, tile)); break;
-    default: visit(Groups<8>(item, tile)); break;
-  }
-  return ranges;
+  const Tile<KindOf<0>, Sgd<float, false>> tile(item, {}, number);
+  const int64_t first = (tile.places[kParam].data - item.data[kParam]) / int64_t{sizeof(float)};
+  return {first, first + tile.count};
 }
 
 int64_t item_of_unit(const std::vector<int64_t>& begins, int64_t unit) {

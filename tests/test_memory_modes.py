@@ -36,20 +36,18 @@ each_dtype = pytest.mark.parametrize(
 
 
 def parameters(dtype: torch.dtype, shapes: Any = SHAPES, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(s, generator=generator).bfloat16().to(dtype).requires_grad_() for s in shapes
-    ]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = [torch.randn(s, generator=generator, device="cpu").bfloat16() for s in shapes]
+    return [x.to(torch.get_default_device(), dtype).requires_grad_() for x in numbers]
 
 
 def set_gradients(params: list[Tensor], step: int) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator("cpu").manual_seed(100 + step)
     for p in params:
         # Of many sizes, and so few digits that each dtype has them.
-        grad = torch.randn(p.shape, generator=generator) * 2.0 ** -torch.randint(
-            0, 12, p.shape, generator=generator
-        )
-        p.grad = grad.bfloat16().to(p.dtype)
+        grad = torch.randn(p.shape, generator=generator, device="cpu")
+        grad *= 2.0 ** -torch.randint(0, 12, p.shape, generator=generator, device="cpu")
+        p.grad = grad.bfloat16().to(p.device, p.dtype)
 
 
 def numbers_of(state: dict[str, Tensor], name: str) -> Tensor:

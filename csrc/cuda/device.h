@@ -1,94 +1,32 @@
 // What runs on a CUDA device, thread by thread: plain C++ that also runs on a CPU, where the tests
 // take its bits. Included inside a back end's namespace, after FUSEDOPT_FN is defined.
 
-#include "cuda/access.h"
 #include "cuda/scalar.h"
-#include "rules/list.h"
-
-// ---- an update ----------------------------------------------------------------------------------
-
-// One thread's part of a tile.
-template <class Access, class Rule, class T>
-FUSEDOPT_FN void update_tile(const Rule& rule, T grad_scale, const UpdateItem& item, int64_t tile,
-                             int thread) {
-  constexpr int kStreams = kFirstState + Rule::kStates;
-  constexpr int kWidth = Access::kWidth;
-  const Groups<kWidth> groups(item, tile);
-  bool aligned[kStreams];
-  FUSEDOPT_UNROLL()
-  for (int s = 0; s < kStreams; ++s) aligned[s] = groups.aligned(item, s);
-
-  for (int64_t at = thread; at < groups.count(); at += Access::kUnroll * kThreads) {
-    // All loads first: none waits for another one's arithmetic.
-    Word raw[Access::kUnroll][kStreams][Access::kWords];
-    FUSEDOPT_UNROLL()
-    for (int u = 0; u < Access::kUnroll; ++u) {
-      if (at + u * kThreads >= groups.count()) break;
-      const Group group = groups[at + u * kThreads];
-      FUSEDOPT_UNROLL()
-      for (int s = 0; s < kStreams; ++s) Access::load(item, s, aligned[s], group, raw[u][s]);
-    }
-    FUSEDOPT_UNROLL()
-    for (int u = 0; u < Access::kUnroll; ++u) {
-      if (at + u * kThreads >= groups.count()) break;
-      const Group group = groups[at + u * kThreads];
-      T x[kStreams][kWidth];
-      FUSEDOPT_UNROLL()
-      for (int s = 0; s < kStreams; ++s) Access::decode(item, s, raw[u][s], x[s]);
-      FUSEDOPT_UNROLL()
-      for (int i = 0; i < kWidth; ++i) {
-        T state[kMaxStates];
-        FUSEDOPT_UNROLL()
-        for (int s = 0; s < Rule::kStates; ++s) state[s] = x[kFirstState + s][i];
-        rule(x[kParam][i], x[kGrad][i] * grad_scale, state);
-        FUSEDOPT_UNROLL()
-        for (int s = 0; s < Rule::kStates; ++s) x[kFirstState + s][i] = state[s];
-      }
-      FUSEDOPT_UNROLL()
-      for (int s = 0; s < kStreams; ++s) {
-        if (s == kGrad) continue;
-        Access::encode(item, s, x[s], raw[u][s]);
-        Access::store(item, s, aligned[s], group, raw[u][s]);
-      }
-    }
-  }
-}
-
-// One thread's part of all tiles that block number `block` of `blocks` takes.
-template <class Access, class Rule, class Arguments>
-FUSEDOPT_FN void update(const Arguments& args, int64_t block, int64_t blocks, int thread) {
-  using T = typename Access::Compute;
-  T factor = 1;
-  if (args.decision) {
-    if (args.decision->skipped) return;
-    if constexpr (sizeof(T) == 8) {
-      factor = args.decision->factor;
-    } else {
-      factor = args.decision->factor_f32;
-    }
-  }
-  const Folded<T>* const all_folded = args.template entries<Folded<T>>();
-  for (int64_t unit = block; unit < args.units; unit += blocks) {
-    const UpdateItem& item = item_of(args.begin(), args.item_count, unit);
-    const Folded<T>& folded = all_folded[item.folded];
-    Rule rule;
-    T* const scalars = reinterpret_cast<T*>(&rule);
-    FUSEDOPT_UNROLL()
-    for (int i = 0; i < static_cast<int>(sizeof(Rule) / sizeof(T)); ++i) {
-      scalars[i] = folded.scalars[i];
-    }
-    update_tile<Access>(rule, folded.grad_scale * factor, item, unit - item.begin, thread);
-  }
-}
+#include "cuda/update.h"
 
 // ---- scalars that depend on what the device has -------------------------------------------------
 
+// Calls f(rule in double) for the variant of a rule that has this number.
+template <template <class, bool...> class Family, class Flags, class F, size_t... kBits>
+FUSEDOPT_FN void visit(int number, F f, std::index_sequence<kBits...>) {
+  ((number == static_cast<int>(kBits) ? f(typename Variant<Family, kBits, Flags>::F64()) : void()),
+   ...);
+}
+template <class F>
+FUSEDOPT_FN void visit_rule(int number, F f) {
+#define FUSEDOPT_VISIT(name, Family, flags)                                               \
+  visit<Family, std::make_index_sequence<flags>>(number, f,                               \
+                                                 std::make_index_sequence<1 << flags>()); \
+  number -= 1 << flags;
+  FUSEDOPT_RULES(FUSEDOPT_VISIT)
+#undef FUSEDOPT_VISIT
+}
+
 // Advances the steps of item `i`, and folds its scalars for the step that is now taken.
-template <class T, class Rule, class Arguments>
-FUSEDOPT_FN void fold(const Arguments& args, int64_t i) {
+FUSEDOPT_FN void fold(const Args<FoldItem>& args, int64_t i) {
   if (i >= args.item_count || (args.decision && args.decision->skipped)) return;
   const FoldItem& item = args.begin()[i];
-  const Folded<double>& host = args.template entries<Folded<double>>()[item.scalars];
+  const auto& host = args.template scalars_at<Folded<double>>(item.folded);
   double t = item.t;
   if (item.step) t = *item.step += 1;
   double lr = item.host_lr;
@@ -96,15 +34,31 @@ FUSEDOPT_FN void fold(const Arguments& args, int64_t i) {
     lr = item.lr_is_double ? *static_cast<const double*>(item.lr)
                            : double{*static_cast<const float*>(item.lr)};
   }
-  constexpr int kScalars = sizeof(Rule) / sizeof(double);
-  Rule rule;
-  std::memcpy(&rule, host.scalars, sizeof(rule));
-  rule.fold(lr, t);
-  double scalars[kScalars];
-  std::memcpy(scalars, &rule, sizeof(rule));
-  Folded<T>& folded = static_cast<Folded<T>*>(args.results)[i];
-  for (int s = 0; s < kScalars; ++s) folded.scalars[s] = static_cast<T>(scalars[s]);
-  folded.grad_scale = static_cast<T>(host.grad_scale);
+  const auto write = [&](const auto& scalars, int count, auto* folded) {
+    using T = std::decay_t<decltype(folded->grad_scale)>;
+    FUSEDOPT_UNROLL()
+    for (int s = 0; s < count; ++s) folded->scalars[s] = static_cast<T>(scalars[s]);
+    folded->grad_scale = static_cast<T>(host.grad_scale);
+  };
+  visit_rule(item.rule, [&](auto rule) {
+    constexpr int kScalars = sizeof(rule) / sizeof(double);
+    double scalars[kScalars];
+    std::memcpy(&rule, host.scalars, sizeof(rule));
+    rule.fold(lr, t);
+    std::memcpy(scalars, &rule, sizeof(rule));
+    if (item.in_double) {
+      write(scalars, kScalars, reinterpret_cast<Folded<double>*>(item.result));
+    } else {
+      write(scalars, kScalars, reinterpret_cast<Folded<float>*>(item.result));
+    }
+  });
+}
+
+// ---- tables that are too long for arguments -----------------------------------------------------
+
+template <class Page>
+FUSEDOPT_FN void write(const Page& page, int64_t i) {
+  if (i < page.count) page.to[i] = page.data[i];
 }
 
 // ---- norms --------------------------------------------------------------------------------------
@@ -128,8 +82,9 @@ FUSEDOPT_FN double join(double a, double b) {
 template <Norm kNorm, class Stored>
 FUSEDOPT_FN double norm_lane(const Stored* x, int64_t n, int lane) {
   double sum = 0;
-  FUSEDOPT_UNROLL(8)
-  for (int64_t i = lane; i < n; i += kNormLanes) sum = add<kNorm>(sum, double{decode(x[i])});
+  FUSEDOPT_UNROLL(32)
+  for (int64_t i = lane; i < n; i += kNormLanes)
+    sum = add<kNorm>(sum, double{decode(*on_device(x + i))});
   return sum;
 }
 
@@ -158,8 +113,8 @@ FUSEDOPT_FN void join_lanes(Team& team, double* lanes) {
 }
 
 // The norms of kThreads / kNormLanes blocks, those of number `block` of all.
-template <Norm kNorm, class Team, class Arguments>
-FUSEDOPT_FN void norm(Team& team, const Arguments& args, int64_t block, double* lanes) {
+template <Norm kNorm, class Team>
+FUSEDOPT_FN void norm(Team& team, const Args<NormItem>& args, int64_t block, double* lanes) {
   constexpr int64_t kBlocks = kThreads / kNormLanes;
   const NormItem* const items = args.begin();
   team.each([&](int thread) {
@@ -172,7 +127,7 @@ FUSEDOPT_FN void norm(Team& team, const Arguments& args, int64_t block, double* 
   team.each([&](int thread) {
     const int64_t unit = block * kBlocks + thread / kNormLanes;
     if (thread % kNormLanes == 0 && unit < args.units) {
-      static_cast<double*>(args.results)[items->begin + unit] = lanes[thread];
+      args.sums[items->begin + unit] = lanes[thread];
     }
   });
 }

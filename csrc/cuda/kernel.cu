@@ -24,9 +24,6 @@ namespace {
 
 #include "cuda/device.h"
 
-// What this CUDA compiles; whether the driver takes it, too, is asked when there is one.
-constexpr int64_t kLargestArgs = CUDART_VERSION >= 12010 ? kLargeBytes : kSmallBytes;
-
 // ---- errors and devices -------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* call, int device) {
@@ -84,83 +81,89 @@ struct Team {
     f(static_cast<int>(threadIdx.x));
     __syncthreads();
   }
+  template <class F>
+  __device__ void together(F f) {
+    f(static_cast<int>(threadIdx.x));
+  }
+  // The largest of each that kLanes neighbours have.
+  template <int kLanes, int kCount>
+  __device__ bool join(int thread, uint32_t* largest) {
+    const uint32_t own = (kLanes < 32 ? (1u << kLanes) - 1 : 0xffffffff)
+                         << thread % 32 / kLanes * kLanes;
+    FUSEDOPT_UNROLL()
+    for (int i = 0; i < kCount; ++i) {
+      FUSEDOPT_UNROLL()
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        const uint32_t other = __shfl_xor_sync(own, largest[i], half);
+        largest[i] = largest[i] > other ? largest[i] : other;
+      }
+    }
+    return true;
+  }
 };
 
-template <class Access, class Rule, int64_t kBytes>
-__global__ void __launch_bounds__(kThreads, 1)
-    update_kernel(const __grid_constant__ Args<UpdateItem, kBytes> args) {
-  update<Access, Rule>(args, blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x));
+template <int kKind, class Rule>
+__global__ void __launch_bounds__(kThreads, KindOf<kKind>::kBlocks)
+    update_kernel(const __grid_constant__ Args<UpdateItem> args) {
+  Team team;
+  update<KindOf<kKind>, Rule>(team, args, blockIdx.x, gridDim.x);
 }
 
-template <class T, class Rule, int64_t kBytes>
-__global__ void __launch_bounds__(kThreads, 1)
-    fold_kernel(const __grid_constant__ Args<FoldItem, kBytes> args) {
-  fold<T, Rule>(args, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Args<UpdateItem> args) {
+  advance(args, int64_t{blockIdx.x} * kThreads + threadIdx.x);
 }
 
-template <Norm kNorm, int64_t kBytes>
-__global__ void __launch_bounds__(kThreads, 1)
-    norm_kernel(const __grid_constant__ Args<NormItem, kBytes> args) {
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(const __grid_constant__ Args<FoldItem> args) {
+  fold(args, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+}
+
+template <int64_t kBytes>
+__global__ void __launch_bounds__(kThreads)
+    write_kernel(const __grid_constant__ Page<kBytes> page) {
+  write(page, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+}
+
+template <Norm kNorm>
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const __grid_constant__ Args<NormItem> args) {
   __shared__ double lanes[kThreads];
   Team team;
   norm<kNorm>(team, args, blockIdx.x, lanes);
 }
 
 template <Norm kNorm>
-__global__ void __launch_bounds__(kThreads, 1)
-    finish_kernel(const __grid_constant__ FinishArgs args) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ FinishArgs args) {
   static_assert(kThreads == kNormJoin);
   __shared__ double lanes[kThreads];
   Team team;
   finish<kNorm>(team, args, lanes);
 }
 
-// ---- every rule with every combination of its flags, in the order of the CPU's tables
-// ------------
-
-template <class Access, class Rule>
-void launch_update(const Launch& at, const void* args, int64_t bytes, int64_t units) {
-  const auto with = [&](auto kBytes) {
-    using Arguments = Args<UpdateItem, decltype(kBytes)::value>;
-    const auto kernel = update_kernel<Access, Rule, decltype(kBytes)::value>;
-    const int64_t resident = resident_blocks(at, kernel);
-    launch(at, "launching an update", kernel, *static_cast<const Arguments*>(args),
-           units < resident ? units : resident);
-  };
-  if (bytes == kSmallBytes) {
-    with(std::integral_constant<int64_t, kSmallBytes>());
-  } else {
-    with(std::integral_constant<int64_t, kLargestArgs>());
-  }
-}
-
-template <class T, class Rule>
-void launch_fold(const Launch& at, const void* args, int64_t bytes, int64_t items) {
-  const int64_t blocks = (items + kThreads - 1) / kThreads;
-  const auto with = [&](auto kBytes) {
-    using Arguments = Args<FoldItem, decltype(kBytes)::value>;
-    launch(at, "launching a fold", fold_kernel<T, Rule, decltype(kBytes)::value>,
-           *static_cast<const Arguments*>(args), blocks);
-  };
-  if (bytes == kSmallBytes) {
-    with(std::integral_constant<int64_t, kSmallBytes>());
-  } else {
-    with(std::integral_constant<int64_t, kLargestArgs>());
-  }
-}
+// ---- every rule with every combination of its flags, in the order of the CPU's tables -----------
 
 struct RuleLaunches {
-  void (*update[3])(const Launch&, const void*, int64_t, int64_t);  // by Streams
-  void (*fold[3])(const Launch&, const void*, int64_t, int64_t);
+  void (*update[kAnyCodecs + 1])(const Launch&, const Args<UpdateItem>&);
 };
 
 template <class F32, class F64>
 struct Make {
+  template <int kKind>
+  static void update(const Launch& at, const Args<UpdateItem>& args) {
+    constexpr int kTaken = taken<F32>(kKind);
+    const auto kernel =
+        update_kernel<kTaken, std::conditional_t<KindOf<kTaken>::kDouble, F64, F32>>;
+    const int64_t resident = resident_blocks(at, kernel);
+    launch(at, "launching an update", kernel, args, args.units < resident ? args.units : resident);
+  }
+  template <int... kKind>
+  static constexpr RuleLaunches all(std::integer_sequence<int, kKind...>) {
+    return {{update<kKind>...}};
+  }
   static constexpr RuleLaunches entry(const char*, int) {
     static_assert(sizeof(F64) <= kMaxScalars * sizeof(double), "raise kMaxScalars");
-    return {{launch_update<Uniform<float>, F32>, launch_update<Mixed, F32>,
-             launch_update<Uniform<double>, F64>},
-            {launch_fold<float, F64>, launch_fold<float, F64>, launch_fold<double, F64>}};
+    return all(std::make_integer_sequence<int, kAnyCodecs + 1>());
   }
 };
 
@@ -168,24 +171,30 @@ constexpr auto kTable = make_rule_table<RuleLaunches, Make>();
 
 // ---- what the engine calls ----------------------------------------------------------------------
 
-void launch_norm(const Launch& at, Norm norm, const void* args, int64_t bytes, int64_t units) {
-  constexpr int64_t kBlocks = kThreads / kNormLanes;
-  const auto launch_it = [&](auto kNorm, auto kBytes) {
-    using Arguments = Args<NormItem, decltype(kBytes)::value>;
-    launch(at, "launching a norm", norm_kernel<decltype(kNorm)::value, decltype(kBytes)::value>,
-           *static_cast<const Arguments*>(args), (units + kBlocks - 1) / kBlocks);
-  };
-  const auto with = [&](auto kNorm) {
-    if (bytes == kSmallBytes) {
-      launch_it(kNorm, std::integral_constant<int64_t, kSmallBytes>());
-    } else {
-      launch_it(kNorm, std::integral_constant<int64_t, kLargestArgs>());
-    }
+constexpr int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+template <int64_t kBytes>
+void write_pages(const Launch& at, char* to, const std::string& table) {
+  in_pages<kBytes>(to, table, [&](const auto& page) {
+    launch(at, "writing a table", write_kernel<kBytes>, page, blocks_for(page.count));
+  });
+}
+
+void launch_write(const Launch& at, char* to, const std::string& table) {
+#if CUDART_VERSION >= 12010
+  if (driver_version() >= 12010) return write_pages<kLargeBytes>(at, to, table);
+#endif
+  write_pages<kSmallBytes>(at, to, table);
+}
+
+void launch_norm(const Launch& at, Norm norm, const Args<NormItem>& args) {
+  const auto with = [&](auto kernel) {
+    launch(at, "launching a norm", kernel, args, blocks_for(args.units * kNormLanes));
   };
   switch (norm) {
-    case Norm::one: return with(std::integral_constant<Norm, Norm::one>());
-    case Norm::two: return with(std::integral_constant<Norm, Norm::two>());
-    case Norm::inf: return with(std::integral_constant<Norm, Norm::inf>());
+    case Norm::one: return with(norm_kernel<Norm::one>);
+    case Norm::two: return with(norm_kernel<Norm::two>);
+    case Norm::inf: return with(norm_kernel<Norm::inf>);
   }
 }
 
@@ -197,14 +206,16 @@ void launch_finish(const Launch& at, const FinishArgs& args) {
   }
 }
 
-void launch_rule_fold(const Launch& at, int rule, Streams streams, const void* args, int64_t bytes,
-                      int64_t items) {
-  kTable.entries[rule].fold[static_cast<int>(streams)](at, args, bytes, items);
+void launch_fold(const Launch& at, const Args<FoldItem>& args) {
+  launch(at, "launching a fold", fold_kernel, args, blocks_for(args.item_count));
 }
 
-void launch_rule_update(const Launch& at, int rule, Streams streams, const void* args,
-                        int64_t bytes, int64_t units) {
-  kTable.entries[rule].update[static_cast<int>(streams)](at, args, bytes, units);
+void launch_update(const Launch& at, int rule, int kind, const Args<UpdateItem>& args) {
+  kTable.entries[rule].update[kind](at, args);
+}
+
+void launch_advance(const Launch& at, const Args<UpdateItem>& args) {
+  launch(at, "advancing draws", advance_kernel, args, blocks_for(args.item_count));
 }
 
 std::string why_not(int device) try {
@@ -218,10 +229,8 @@ std::string why_not(int device) try {
   return error.what();
 }
 
-int64_t largest_args() { return driver_version() >= 12010 ? kLargestArgs : kSmallBytes; }
-
-constexpr Kernels kKernels = {launch_norm,        launch_finish, launch_rule_fold,
-                              launch_rule_update, why_not,       largest_args};
+constexpr Kernels kKernels = {launch_write,  launch_norm,    launch_finish, launch_fold,
+                              launch_update, launch_advance, why_not};
 
 }  // namespace
 

@@ -1,244 +1,209 @@
 #include "cuda/queue.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <map>
-#include <memory>
 #include <tuple>
 
 namespace fusedopt {
 namespace cuda {
 
-bool can_access(const Job& job, Streams* kind) {
+// The first kind that the streams are of.
+static int kind_of(const Job& job) {
   const Stream *const streams = job.streams, *const end = streams + job.stream_count;
-  const auto all = [&](DType dtype) {
-    return std::all_of(streams, end, [&](const Stream& s) { return s.dtype == dtype; });
+  int kind = 0;
+  const auto is_as_stored = [&] {
+    return std::equal(streams, end, kKinds[kind],
+                      [](const Stream& stream, DType dtype) { return stream.dtype == dtype; });
   };
-  *kind = all(DType::f32) ? Streams::f32 : all(DType::f64) ? Streams::f64 : Streams::mixed;
-  return *kind != Streams::mixed ||
-         std::none_of(streams, end, [](const Stream& s) { return s.dtype == DType::f64; });
+  while (kind < kAnyNumbers && !is_as_stored()) ++kind;
+  const bool numbers =
+      std::all_of(streams, end, [](const Stream& stream) { return is_number(stream.dtype); });
+  return kind == kAnyNumbers && !numbers ? kAnyCodecs : kind;
 }
 
-// ---- tables -------------------------------------------------------------------------------------
+bool can_access(const Job& job) {
+  return kind_of(job) < kAnyNumbers ||
+         std::none_of(
+             job.streams, job.streams + job.stream_count,
+             [](const Stream& stream) { return stream.dtype == DType::f64; });
+}
+
+static bool is_double(int kind) { return kind == kF64; }
+static bool is_of_numbers(int kind) { return kind < kFirstOfAdam || kind == kAnyNumbers; }
 
 static int64_t units_of(int64_t numel, int64_t unit) { return (numel + unit - 1) / unit; }
 
-template <class T>
-static std::string bytes_of(const T& value) {
-  return std::string(reinterpret_cast<const char*>(&value), sizeof(value));
-}
+// ---- tables -------------------------------------------------------------------------------------
 
-// The items of one launch behind what several of them have in common.
+// The items of one launch, behind what several of them have in common.
 template <class Item>
-struct Table {
-  std::string head;
-  std::vector<Item> items;
+class Table {
+ public:
   int64_t units = 0;
 
-  int64_t bytes() const { return static_cast<int64_t>(head.size() + items.size() * sizeof(Item)); }
-  bool ends_with(const std::string& entry) const {
-    return head.size() >= entry.size() &&
-           !head.compare(head.size() - entry.size(), entry.size(), entry);
+  void add(const Item& item) { items_.push_back(item); }
+
+  // Puts an entry there, unless it is equal to the one at `last`; returns where it is.
+  template <class Entry>
+  int32_t share(const Entry& entry, int32_t last = -1) {
+    const auto* const bytes = reinterpret_cast<const char*>(&entry);
+    if (last >= 0 && !std::memcmp(head_.data() + last, bytes, sizeof(entry))) return last;
+    head_.append(bytes, sizeof(entry));
+    return static_cast<int32_t>(head_.size() - sizeof(entry));
   }
+
+  int64_t count() const { return static_cast<int64_t>(items_.size()); }
+  int64_t head_bytes() const { return static_cast<int64_t>(head_.size()); }
+  std::string bytes() const {
+    return head_ +
+           std::string(reinterpret_cast<const char*>(items_.data()), items_.size() * sizeof(Item));
+  }
+
+ private:
+  std::string head_;
+  std::vector<Item> items_;
 };
 
-// Cuts sources into tables of at most so many bytes. entry(source) is what goes to the head unless
-// the one before is equal; make_item(source, its index there, table) is the item.
-template <class Item, class Source, class Entry, class MakeItem, class Use>
-static void for_each_table(const std::vector<Source>& sources, int64_t most_bytes, Entry entry,
-                           MakeItem make_item, Use use) {
-  Table<Item> table;
-  for (const Source& source : sources) {
-    const std::string& wanted = entry(source);
-    const int64_t added = static_cast<int64_t>(wanted.size() + sizeof(Item));
-    if (!table.items.empty() && table.bytes() > most_bytes - added) {
-      use(table);
-      table = {};
-    }
-    if (!wanted.empty() && !table.ends_with(wanted)) table.head += wanted;
-    const size_t index = wanted.empty() ? 0 : table.head.size() / wanted.size() - 1;
-    table.items.push_back(make_item(source, static_cast<int32_t>(index), table));
-  }
-  if (!table.items.empty()) use(table);
-}
-
-// How large a table may become, head and items.
+// The table goes into the arguments if it fits, and else to the device.
 template <class Item>
-int64_t Queue::most_bytes() const {
-  if (memory_.upload) return std::numeric_limits<int64_t>::max();
-  return kernels_.largest_args() - (int64_t{sizeof(Args<Item, kSmallBytes>)} -
-                                    int64_t{sizeof(Args<Item, kSmallBytes>::room)});
-}
-
-// Calls start(arguments, their bytes) with a table in the arguments if it fits, and else on the
-// device.
-template <class Item, class Start>
-void Queue::start(const Table<Item>& table, const void* head, void* results,
-                  const Decision* decision, Start start) const {
-  const size_t item_bytes = table.items.size() * sizeof(Item);
-  const auto make = [&](auto args) {
-    args->items = nullptr;
-    args->head = static_cast<const char*>(head);
-    args->results = results;
-    args->decision = decision;
-    args->item_count = static_cast<int64_t>(table.items.size());
-    args->units = table.units;
-    args->head_bytes = static_cast<int64_t>(table.head.size());
-    return args;
-  };
-  const auto fits = [&](auto args) {
-    if (table.bytes() > int64_t{sizeof(args->room)}) return false;
-    std::memcpy(args->room, table.head.data(), table.head.size());
-    std::memcpy(args->room + table.head.size(), table.items.data(), item_bytes);
-    start(args.get(), int64_t{sizeof(*args)});
-    return true;
-  };
-  if (fits(make(std::make_unique<Args<Item, kSmallBytes>>()))) return;
-  if (kernels_.largest_args() == kLargeBytes &&
-      fits(make(std::make_unique<Args<Item, kLargeBytes>>()))) {
-    return;
+Args<Item> Queue::arguments(const Table<Item>& table, const Decision* decision) const {
+  Args<Item> args{};
+  args.decision = decision;
+  args.item_count = table.count();
+  args.units = table.units;
+  args.head_bytes = table.head_bytes();
+  const std::string bytes = table.bytes();
+  if (bytes.size() <= sizeof(args.room)) {
+    std::memcpy(args.room, bytes.data(), bytes.size());
+  } else {
+    char* const memory = allocate_(static_cast<int64_t>(bytes.size()));
+    kernels_.write(launch_, memory, bytes);
+    args.memory = memory;
   }
-  const std::string items(reinterpret_cast<const char*>(table.items.data()), item_bytes);
-  const char* const uploaded = memory_.upload(table.head + items);
-  const auto args = make(std::make_unique<Args<Item, kSmallBytes>>());
-  args->items = reinterpret_cast<const Item*>(uploaded + table.head.size());
-  if (!head) args->head = uploaded;
-  start(args.get(), int64_t{sizeof(*args)});
+  return args;
 }
 
 // ---- norms --------------------------------------------------------------------------------------
 
 void Queue::norm(Norm norm, const std::vector<NormItem>& items, FinishArgs finish) const {
-  int64_t blocks = 0;
-  for (const NormItem& item : items) blocks += units_of(item.numel, kNormBlock);
-  double* const sums = allocate<double>(blocks + 1);
-  int64_t begin = 0;
-  const std::string none;
-  for_each_table<NormItem>(
-      items, most_bytes<NormItem>(), [&](const NormItem&) -> const std::string& { return none; },
-      [&](NormItem item, int32_t, Table<NormItem>& table) {
-        item.begin = begin;
-        begin += units_of(item.numel, kNormBlock);
-        table.units += units_of(item.numel, kNormBlock);
-        return item;
-      },
-      [&](const Table<NormItem>& table) {
-        if (table.units == 0) return;
-        start(table, nullptr, sums, nullptr, [&](const void* args, int64_t bytes) {
-          kernels_.norm(launch_, norm, args, bytes, table.units);
-        });
-      });
+  Table<NormItem> table;
+  for (NormItem item : items) {
+    item.begin = table.units;
+    table.units += units_of(item.numel, kNormBlock);
+    table.add(item);
+  }
+  double* const sums = allocate<double>(table.units + 1);
+  if (table.units != 0) {
+    Args<NormItem> args = arguments(table, nullptr);
+    args.sums = sums;
+    kernels_.norm(launch_, norm, args);
+  }
   finish.norm = norm;
   finish.blocks = sums;
-  finish.block_count = blocks;
+  finish.block_count = table.units;
   kernels_.finish(launch_, finish);
 }
 
 // ---- updates ------------------------------------------------------------------------------------
 
 template <class T>
-static T round_scalar(double scalar) {
-  const T rounded = static_cast<T>(scalar);
-  return rounded != rounded ? std::numeric_limits<T>::quiet_NaN() : rounded;  // no payload
+static Folded<T> fold(const Update& update) {
+  const auto round = [](double scalar) {
+    const T rounded = static_cast<T>(scalar);
+    return rounded != rounded ? std::numeric_limits<T>::quiet_NaN() : rounded;  // no payload
+  };
+  Folded<T> folded{};
+  std::transform(update.job->scalars, update.job->scalars + update.scalar_count, folded.scalars,
+                 round);
+  folded.grad_scale = round(update.grad_scale);
+  return folded;
 }
 
-namespace {
+static Parts parts_of(const Update& update) {
+  const Job& job = *update.job;
+  Parts parts{};
+  for (int s = 0; s < job.stream_count; ++s) parts.second[s] = job.streams[s].second;
+  parts.rounding = update.rounding;
+  parts.first_element = job.origin.first;
+  parts.rows = job.origin.rows;
+  parts.other_key = job.origin.key;
+  parts.draws_back = update.draws_again;
+  return parts;
+}
 
-// The scalars of updates as a table has them; those of neighbours are usually the same.
+// Of what takes the place of a gradient where the rule takes none.
+static DType as_number(DType dtype) {
+  return is_number(dtype)                                            ? dtype
+         : dtype == DType::bf16_split || dtype == DType::bf16_random ? DType::bf16
+                                                                     : DType::f16;
+}
+
+// Makes one launch of updates that differ in nothing but scalars and data.
 template <class T>
-class Entries {
- public:
-  const std::string& operator()(const Update* update) {
-    if (!last_ || update->job->scalars != last_->job->scalars ||
-        update->grad_scale != last_->grad_scale) {
-      Folded<T> folded{};
-      for (int i = 0; i < update->scalar_count; ++i) {
-        folded.scalars[i] = round_scalar<T>(update->job->scalars[i]);
-      }
-      folded.grad_scale = round_scalar<T>(update->grad_scale);
-      bytes_ = bytes_of(folded);
-      last_ = update;
-    }
-    return bytes_;
-  }
-
- private:
-  const Update* last_ = nullptr;
-  std::string bytes_;
-};
-
-}  // namespace
-
-template <class T>
-void Queue::update_alike(const std::vector<const Update*>& updates, Streams streams,
-                         const Decision* decision) const {
+std::function<void()> Queue::make_update(const std::vector<const Update*>& updates, int kind,
+                                         const Decision* decision) const {
   const int rule = updates[0]->rule;
-  Folded<T>* on_device = nullptr;
-  if (updates[0]->clock.is_on_device()) {
-    on_device = allocate<Folded<T>>(static_cast<int64_t>(updates.size()));
-    Folded<T>* next = on_device;
-    for_each_table<FoldItem>(
-        updates, most_bytes<FoldItem>(), Entries<double>(),
-        [](const Update* update, int32_t index, const Table<FoldItem>&) {
-          const Clock& clock = update->clock;
-          return FoldItem{clock.step, clock.lr, clock.host_lr, clock.t, index, clock.lr_is_double};
-        },
-        [&](const Table<FoldItem>& table) {
-          const auto count = static_cast<int64_t>(table.items.size());
-          start(table, nullptr, next, decision, [&](const void* args, int64_t bytes) {
-            kernels_.fold(launch_, rule, streams, args, bytes, count);
-          });
-          next += count;
-        });
+  const bool folds = updates[0]->clock.is_on_device();
+  char* const scalars =
+      folds ? allocate_(static_cast<int64_t>(updates.size() * sizeof(Folded<T>))) : nullptr;
+  Table<FoldItem> clocks;
+  Table<UpdateItem> table;
+  int32_t folded = -1, host_folded = -1;
+  bool draws = false;
+  for (const Update* const update : updates) {
+    const Job& job = *update->job;
+    if (folds) {
+      folded = static_cast<int32_t>(clocks.count() * int64_t{sizeof(Folded<T>)});
+      const Clock& clock = update->clock;
+      host_folded = clocks.share(fold<double>(*update), host_folded);
+      clocks.add({clock.step, clock.lr, clock.host_lr, clock.t, scalars + folded, host_folded,
+                  static_cast<int16_t>(rule), clock.lr_is_double, is_double(kind)});
+    } else {
+      folded = table.share(fold<T>(*update), folded);
+    }
+    UpdateItem item{};
+    for (int s = 0; s < job.stream_count; ++s) {
+      item.data[s] = job.streams[s].data;
+      item.dtypes[s] = s == kGrad ? as_number(job.streams[s].dtype) : job.streams[s].dtype;
+    }
+    item.numel = job.numel;
+    item.begin = table.units;
+    item.folded = folded;
+    if (!is_of_numbers(kind)) item.parts = table.share(parts_of(*update));
+    draws = draws || (update->rounding && !update->draws_again);
+    table.units += units_of(job.numel, kTile);
+    table.add(item);
   }
-  int32_t number = 0;
-  const std::string none;
-  Entries<T> entries;
-  for_each_table<UpdateItem>(
-      updates, most_bytes<UpdateItem>(),
-      [&](const Update* update) -> const std::string& {
-        return on_device ? none : entries(update);
-      },
-      [&](const Update* update, int32_t index, Table<UpdateItem>& table) {
-        UpdateItem item{};
-        const Job& job = *update->job;
-        for (int s = 0; s < job.stream_count; ++s) {
-          item.data[s] = job.streams[s].data;
-          item.dtypes[s] = job.streams[s].dtype;
-        }
-        item.numel = job.numel;
-        item.begin = table.units;
-        item.folded = on_device ? number++ : index;
-        table.units += units_of(job.numel, kTile);
-        return item;
-      },
-      [&](const Table<UpdateItem>& table) {
-        if (table.units == 0) return;
-        start(table, on_device, nullptr, decision, [&](const void* args, int64_t bytes) {
-          kernels_.update(launch_, rule, streams, args, bytes, table.units);
-        });
-      });
+  Args<UpdateItem> args = arguments(table, decision);
+  args.scalars = scalars;
+  const auto start = [=, kernels = &kernels_, launch = launch_] {
+    if (args.units != 0) kernels->update(launch, rule, kind, args);
+    if (draws) kernels->advance(launch, args);
+  };
+  if (!folds) return start;
+  return [start, kernels = &kernels_, launch = launch_, clocks = arguments(clocks, decision)] {
+    kernels->fold(launch, clocks);
+    start();
+  };
 }
 
 void Queue::update(const std::vector<Update>& updates, const Decision* decision,
                    bool in_order) const {
-  // One launch for all that differ in nothing but scalars and data.
-  std::map<std::tuple<size_t, int, Streams, bool>, std::vector<const Update*>> alike;
+  std::map<std::tuple<size_t, int, int, bool>, std::vector<const Update*>> alike;
   for (size_t i = 0; i < updates.size(); ++i) {
     const Update& update = updates[i];
-    Streams kind;
-    can_access(*update.job, &kind);
-    alike[{in_order ? i : 0, update.rule, kind, update.clock.is_on_device()}].push_back(&update);
+    alike[{in_order ? i : 0, update.rule, kind_of(*update.job), update.clock.is_on_device()}]
+        .push_back(&update);
   }
+  // All memory first: where that runs out, nothing has changed.
+  std::vector<std::function<void()>> launches;
   for (const auto& [key, group] : alike) {
-    const Streams streams = std::get<2>(key);
-    if (streams == Streams::f64) {
-      update_alike<double>(group, streams, decision);
-    } else {
-      update_alike<float>(group, streams, decision);
-    }
+    const int kind = std::get<2>(key);
+    launches.push_back(is_double(kind) ? make_update<double>(group, kind, decision)
+                                       : make_update<float>(group, kind, decision));
   }
+  for (const auto& launch : launches) launch();
 }
 
 }  // namespace cuda

@@ -27,25 +27,23 @@ struct Update {
   const Job* job;
   double grad_scale;
   Clock clock;
+  int64_t* rounding = nullptr;  // on the device: key and number of the draw of random bits
+  bool draws_again = false;     // takes those of an update that has come before
 };
 
-// How the streams of a job are accessed; false if no kernel does.
-bool can_access(const Job& job, Streams* kind);
+// Whether a kernel takes the streams of a job.
+bool can_access(const Job& job);
 
-// Memory of the device that outlives all launches of a step.
-struct Memory {
-  std::function<char*(int64_t bytes)> allocate;
-  // A copy of the host's bytes, made on the same stream; null where a graph is captured.
-  std::function<char*(const std::string&)> upload;
-};
+// Memory of the device, of so many bytes, that outlives all launches of a step.
+using Allocate = std::function<char*(int64_t bytes)>;
 
 template <class Item>
-struct Table;
+class Table;
 
 class Queue {
  public:
-  Queue(const Kernels& kernels, const Launch& launch, Memory memory)
-      : kernels_(kernels), launch_(launch), memory_(std::move(memory)) {}
+  Queue(const Kernels& kernels, const Launch& launch, Allocate allocate)
+      : kernels_(kernels), launch_(launch), allocate_(std::move(allocate)) {}
 
   // Joins what the norm adds up over the items; `finish` says what then becomes of it.
   void norm(Norm norm, const std::vector<NormItem>& items, FinishArgs finish) const;
@@ -56,22 +54,19 @@ class Queue {
 
   template <class T>
   T* allocate(int64_t count) const {
-    return reinterpret_cast<T*>(memory_.allocate(count * int64_t{sizeof(T)}));
+    return reinterpret_cast<T*>(allocate_(count * int64_t{sizeof(T)}));
   }
 
  private:
   template <class T>
-  void update_alike(const std::vector<const Update*>& updates, Streams streams,
-                    const Decision* decision) const;
-  template <class Item, class Start>
-  void start(const Table<Item>& table, const void* head, void* results, const Decision* decision,
-             Start start) const;
+  std::function<void()> make_update(const std::vector<const Update*>& updates, int kind,
+                                    const Decision* decision) const;
   template <class Item>
-  int64_t most_bytes() const;
+  Args<Item> arguments(const Table<Item>& table, const Decision* decision) const;
 
   const Kernels& kernels_;
   Launch launch_;
-  Memory memory_;
+  Allocate allocate_;
 };
 
 }  // namespace cuda

@@ -4,6 +4,8 @@
 // the device. Plain structs, the same for the host and every device.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "engine/job.h"
@@ -46,8 +48,19 @@ struct UpdateItem {
   char* data[kMaxStreams];
   int64_t numel;
   int64_t begin;   // the number of its first tile, over the items of this launch
-  int32_t folded;  // the index of its scalars
+  int32_t folded;  // where its scalars are, in bytes,
+  int32_t parts;   // and what its streams are stored in beside arrays of numbers
   DType dtypes[kMaxStreams];
+};
+
+// Second arrays, and what random bits come of.
+struct Parts {
+  char* second[kMaxStreams];
+  int64_t* rounding;      // key * 2**32 + draw, to be advanced; or null
+  int64_t first_element;  // elements of the whole parameter before these
+  Rows rows;
+  uint32_t other_key;  // to be joined to it
+  int32_t draws_back;  // 1: what takes the bits of the same draw has been launched before
 };
 
 // A parameter whose scalars depend on a learning rate or a count of steps that the device has.
@@ -55,31 +68,59 @@ struct FoldItem {
   float* step;     // steps taken so far, to be advanced; null: the host knows t
   const void* lr;  // null: the host knows it
   double host_lr, t;
-  int32_t scalars;  // the index of the others, in double
-  bool lr_is_double;
+  char* result;    // the scalars for the update, in its compute precision
+  int32_t folded;  // where the others are, in double
+  int16_t rule;
+  bool lr_is_double, in_double;
 };
 
-// The arguments of one launch: items, and behind what head several of them share. Both lie in
-// `room` if there is space for them, and else in the memory of the device.
-template <class Item, int64_t kBytes>
+// The arguments of one launch: a table of items behind what several of them share. It lies in
+// `room` if there is space, and else in the memory of the device.
+template <class Item>
 struct Args {
-  const Item* items;         // null: they are in `room`, behind the head
-  const char* head;          // null: it is in `room`. Of updates and folds: the scalars
-  void* results;             // of norms: the blocks' sums; of folds: the scalars for the update
+  const char* memory;        // null: the table is in `room`
+  const char* scalars;       // of updates: null: they are in the table
+  double* sums;              // of norms: the blocks'
   const Decision* decision;  // null: nothing was decided
   int64_t item_count;
   int64_t units;       // blocks of a norm, tiles of an update
-  int64_t head_bytes;  // of `room`
-  alignas(8) char room[kBytes - 56];
+  int64_t head_bytes;  // of the table
+  alignas(8) char room[kSmallBytes - 56];
 
+  FUSEDOPT_HD const char* table() const { return memory ? memory : room; }
   FUSEDOPT_HD const Item* begin() const {
-    return items ? items : reinterpret_cast<const Item*>(room + head_bytes);
+    return reinterpret_cast<const Item*>(table() + head_bytes);
   }
   template <class Entry>
-  FUSEDOPT_HD const Entry* entries() const {
-    return reinterpret_cast<const Entry*>(head ? head : room);
+  FUSEDOPT_HD const Entry& scalars_at(int32_t at) const {
+    return *reinterpret_cast<const Entry*>((scalars ? scalars : table()) + at);
+  }
+  FUSEDOPT_HD const Parts& parts_at(int32_t at) const {
+    return *reinterpret_cast<const Parts*>(table() + at);
   }
 };
+
+// A part of a table on its way to the memory of the device, in the arguments of a launch: so a
+// graph that is captured has it, too.
+template <int64_t kBytes>
+struct Page {
+  uint64_t* to;
+  int64_t count;
+  uint64_t data[kBytes / 8 - 2];
+};
+
+// Calls use(page) for each page of a table, whose bytes are a multiple of 8.
+template <int64_t kBytes, class Use>
+void in_pages(char* to, const std::string& table, Use use) {
+  Page<kBytes> page;
+  for (size_t at = 0; at < table.size(); at += sizeof(page.data)) {
+    const size_t bytes = std::min(sizeof(page.data), table.size() - at);
+    page.to = reinterpret_cast<uint64_t*>(to + at);
+    page.count = static_cast<int64_t>(bytes / 8);
+    std::memcpy(page.data, table.data() + at, bytes);
+    use(page);
+  }
+}
 
 // The last of the items that begins at `unit` or before. One of no units begins where the next one
 // does, which is found instead of it.
@@ -114,24 +155,40 @@ struct FinishArgs {
   float* skipped_result;  // 1 for a skipped step
 };
 
-// How the streams of an update are stored: all as float; some as float, others in 16 bits; all as
-// double, which is also what they are computed in.
-enum class Streams : uint8_t { f32, mixed, f64 };
+// How the streams of an update may be stored so that a kernel of its own takes them: parameter,
+// gradient, states. Two last kinds of kernels take any numbers but doubles, and anything else.
+constexpr DType kKinds[][kMaxStreams] = {
+#define FUSEDOPT_KIND(param, grad, state0, state1) \
+  {DType::param, DType::grad, DType::state0, DType::state1, DType::state1}
+    FUSEDOPT_KIND(f32, f32, f32, f32),          // of every rule
+    FUSEDOPT_KIND(f64, f64, f64, f64),          //
+    FUSEDOPT_KIND(bf16, bf16, bf16, bf16),      // of some (kernel.cu)
+    FUSEDOPT_KIND(bf16, bf16, f32, f32),        //
+    FUSEDOPT_KIND(f32, bf16, f32, f32),         //
+    FUSEDOPT_KIND(f16, f16, f16, f16),          //
+    FUSEDOPT_KIND(bf16_split, bf16, f32, f32),  // of Adam
+    FUSEDOPT_KIND(bf16_split, bf16, bf16, bf16),
+    FUSEDOPT_KIND(bf16_split, bf16, e4m3, e5m3),
+    FUSEDOPT_KIND(bf16_random, bf16, bf16, bf16),
+    FUSEDOPT_KIND(bf16_random, bf16, e4m3, e5m3),
+#undef FUSEDOPT_KIND
+};
+constexpr int kF64 = 1, kBFloat16 = 2, kFirstOfSome = 2, kFirstOfAdam = 6;
+constexpr int kAnyNumbers = sizeof(kKinds) / sizeof(kKinds[0]), kAnyCodecs = kAnyNumbers + 1;
 
-// What the engine needs of a device. `room` is kSmallBytes or kLargeBytes.
+// What the engine needs of a device.
 struct Launch {
   int device;
   void* stream;
 };
 struct Kernels {
-  void (*norm)(const Launch&, Norm, const void* args, int64_t bytes, int64_t units);
+  void (*write)(const Launch&, char* to, const std::string& table);
+  void (*norm)(const Launch&, Norm, const Args<NormItem>&);
   void (*finish)(const Launch&, const FinishArgs&);
-  void (*fold)(const Launch&, int rule, Streams streams, const void* args, int64_t bytes,
-               int64_t items);
-  void (*update)(const Launch&, int rule, Streams streams, const void* args, int64_t bytes,
-                 int64_t units);
+  void (*fold)(const Launch&, const Args<FoldItem>&);
+  void (*update)(const Launch&, int rule, int kind, const Args<UpdateItem>&);
+  void (*advance)(const Launch&, const Args<UpdateItem>&);  // draws of random bits
   std::string (*why_not)(int device);  // it or its driver does not take these kernels; or empty
-  int64_t (*largest_args)();
 };
 
 }  // namespace cuda

@@ -109,8 +109,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
   set_rule(rule, scalars.data(), &jobs[0]);
   jobs[0].grad_scale = grad_scale;
   if (views[0].device != kHost) {
-    cuda::Streams streams;
-    if (jobs[0].layout || !cuda::can_access(jobs[0], &streams)) {
+    if (jobs[0].layout || !cuda::can_access(jobs[0])) {
       throw py::value_error("no kernel of a device takes tensors of these strides and dtypes");
     }
     int64_t bytes = 0;

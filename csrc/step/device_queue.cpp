@@ -34,18 +34,6 @@ char* DeviceQueue::allocate(int64_t bytes) {
   return memory;
 }
 
-cuda::Memory DeviceQueue::memory() {
-  cuda::Memory result;
-  result.allocate = [this](int64_t bytes) { return allocate(bytes); };
-  // A graph would read the host's copy again whenever it is replayed.
-  if (!is_capturing_) {
-    result.upload = [this](const std::string& bytes) {
-      return keep(device_memory().attr("upload")(place_, py::bytes(bytes)));
-    };
-  }
-  return result;
-}
-
 // ---- launches -----------------------------------------------------------------------------------
 
 // Takes note of a launch, make(kernels, at), in place of making it.
@@ -55,32 +43,31 @@ void DeviceQueue::later(const cuda::Launch& at, Make make) {
   all.waiting.emplace_back([&all, make = std::move(make)] { make(all.kernels, all.at); });
 }
 
-static std::string copy_of(const void* args, int64_t bytes) {
-  return std::string(static_cast<const char*>(args), static_cast<size_t>(bytes));
-}
-
 cuda::Kernels DeviceQueue::recording(const cuda::Kernels& kernels) {
+  using cuda::Args;
   using cuda::Launch;
   cuda::Kernels recording = kernels;
-  recording.norm = [](const Launch& at, Norm norm, const void* args, int64_t bytes, int64_t units) {
-    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
-      made.norm(there, norm, copy.data(), bytes, units);
-    });
+  recording.write = [](const Launch& at, char* to, const std::string& table) {
+    later(at,
+          [=](const cuda::Kernels& made, const Launch& there) { made.write(there, to, table); });
+  };
+  recording.norm = [](const Launch& at, Norm norm, const Args<cuda::NormItem>& args) {
+    later(at,
+          [=](const cuda::Kernels& made, const Launch& there) { made.norm(there, norm, args); });
   };
   recording.finish = [](const Launch& at, const cuda::FinishArgs& args) {
     later(at, [=](const cuda::Kernels& made, const Launch& there) { made.finish(there, args); });
   };
-  recording.fold = [](const Launch& at, int rule, cuda::Streams streams, const void* args,
-                      int64_t bytes, int64_t items) {
-    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
-      made.fold(there, rule, streams, copy.data(), bytes, items);
+  recording.fold = [](const Launch& at, const Args<cuda::FoldItem>& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) { made.fold(there, args); });
+  };
+  recording.update = [](const Launch& at, int rule, int kind, const Args<cuda::UpdateItem>& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) {
+      made.update(there, rule, kind, args);
     });
   };
-  recording.update = [](const Launch& at, int rule, cuda::Streams streams, const void* args,
-                        int64_t bytes, int64_t units) {
-    later(at, [=, copy = copy_of(args, bytes)](const cuda::Kernels& made, const Launch& there) {
-      made.update(there, rule, streams, copy.data(), bytes, units);
-    });
+  recording.advance = [](const Launch& at, const Args<cuda::UpdateItem>& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) { made.advance(there, args); });
   };
   return recording;
 }
@@ -106,7 +93,7 @@ DeviceQueue::DeviceQueue(const cuda::Kernels& kernels, const TensorReader& reade
       usual_bytes_(usual_bytes),
       launches_{kernels, {device, reader.current_stream(device)}, {}},
       recording_(recording(kernels)),
-      queue_(recording_, {device, &launches_}, memory()) {}
+      queue_(recording_, {device, &launches_}, [this](int64_t bytes) { return allocate(bytes); }) {}
 
 DeviceQueue::~DeviceQueue() { *usual_bytes_ = bytes_; }
 

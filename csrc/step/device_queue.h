@@ -55,7 +55,6 @@ class DeviceQueue {
 
   char* allocate(int64_t bytes);
   char* keep(const py::object& tensor);
-  cuda::Memory memory();
 
   const int device_;
   const int place_;          // of its memory: the device, or kHost if it is emulated

@@ -92,6 +92,10 @@ std::vector<cuda::NormItem> StepPlan::norm_items(int device) {
   return items;
 }
 
+static int64_t* rounding_of(const Entry& entry) {
+  return entry.rounding() ? static_cast<int64_t*>(entry.rounding()->data) : nullptr;
+}
+
 std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
   std::vector<cuda::Update> updates;
   updates.reserve(count_on(device));
@@ -119,7 +123,7 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
     clock.t = entry.t;
     const Rule& rule = entry.folded->rule;
     updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, &memory_.jobs[i],
-                       memory_.jobs[i].grad_scale * factor, clock});
+                       memory_.jobs[i].grad_scale * factor, clock, rounding_of(entry)});
   }
   return updates;
 }
@@ -130,8 +134,15 @@ std::vector<cuda::Update> StepPlan::updates_after(int device) const {
   const Rule& rule = find_rule(kernels_, "lookahead", 0);
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     const Job* then = memory_.jobs[i].then;
-    if (memory_.entries[i].device != device || !then) continue;
-    updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, then, 1, {}});
+    const Entry& entry = memory_.entries[i];
+    if (entry.device != device || !then) continue;
+    updates.push_back({static_cast<int>(&rule - kernels_.rules),
+                       rule.scalars,
+                       then,
+                       1,
+                       {},
+                       rounding_of(entry),
+                       /*draws_again=*/true});
   }
   return updates;
 }

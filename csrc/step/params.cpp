@@ -61,8 +61,7 @@ bool ParamReader::read(Entry* entry, View* views) {
     return false;
   };
   if (!entry->group->has_kernel || !tensors_.read(entry->param, &p, &held_) ||
-      !tensors_.read(entry->grad, &g, &held_) || p.device != g.device || p.negated ||
-      (p.device != kHost && entry->group->in_parts)) {
+      !tensors_.read(entry->grad, &g, &held_) || p.device != g.device || p.negated) {
     return leave_to_torch();
   }
   entry->device = p.device;

@@ -75,7 +75,8 @@ inline PyObject* find_next(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
 }
 // dict[key], or null. The cursor stays where it is if it was not found there.
 PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor);
-std::string type_text(PyObject* object);  // what an object is, for a message
+std::string type_text(PyObject* object);  // what an object is, for a message,
+std::string device_text(int device);      // and where it is to be
 
 // Reads the parameters of one step, in their order, into entries and views: [parameter, gradient,
 // *states]. Holds what it reads where Python code may run before the step is over.
@@ -123,6 +124,7 @@ class ParamReader {
   bool read_states(Entry* entry, View* views);
   void read_state(const Entry& entry, PyObject* tensor, py::handle key, const View& param,
                   View* view);
+  static bool are_arrays(const View* views, int states);
   void read_step(Entry* entry, Py_ssize_t* cursor);
   void read_parts(Entry* entry, View* views, Py_ssize_t* cursor);
   bool find_usual_parts(Entry* entry, Py_ssize_t* cursor);

@@ -61,7 +61,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
     const bool split = param.dtype == DType::bf16;
     join(split ? part_keys().remainder : part_keys().master,
          std::string(split ? "an int16" : "a float32") + " tensor of shape " + shape_text(param) +
-             " on cpu",
+             " on " + device_text(param.device),
          [&](const View& second) { return join_master(second, &param); });
   }
   for (size_t s = 0; s < group.rule_states; ++s) {
@@ -71,7 +71,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
     takes_bits = true;
     join(group.scale_key(s),
          "a uint8 tensor of shape (" + std::to_string(plain.ndim ? plain.shape[0] : 0) + ", " +
-             std::to_string(rows_of(plain).blocks()) + ") on cpu",
+             std::to_string(rows_of(plain).blocks()) + ") on " + device_text(plain.device),
          [&](const View& scale) {
            return join_scales(has_no_sign(group, s), scale, plain, &state);
          });
@@ -81,8 +81,11 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
   if (!rounding) return;
   entry->parts = &parts_.emplace_back();
   TensorReader::Count* const count = &entry->parts->rounding;
-  if (!tensors_.read_count(rounding, count, &held_) || !counts_draws(*count)) {
-    refuse(part_keys().rounding, rounding, "an int64 tensor on cpu with one element");
+  const bool readable = tensors_.read_count(rounding, count, &held_);
+  if (tensors_.emulated()) count->device = entry->device;
+  if (!readable || count->type != TensorReader::Count::i64 || count->device != entry->device) {
+    refuse(part_keys().rounding, rounding,
+           "an int64 tensor on " + device_text(entry->device) + " with one element");
   }
   if (rounds_at_random(group, param)) set_random(&param);
   if (param.is_local_part) {

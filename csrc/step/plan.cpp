@@ -208,9 +208,10 @@ void StepPlan::complete_states() {
   }
 }
 
+// A device reads key and draw itself.
 static Origin origin_of(const Entry& entry, const View& param) {
-  int64_t rounding;
-  std::memcpy(&rounding, entry.rounding()->data, sizeof(rounding));
+  int64_t rounding = 0;
+  if (entry.device == kHost) std::memcpy(&rounding, entry.rounding()->data, sizeof(rounding));
   return {static_cast<uint32_t>(rounding >> 32), static_cast<uint32_t>(rounding),
           entry.parts->first_element, rows_of(param)};
 }

@@ -1,5 +1,7 @@
 // States and counts of steps: what exists of them, whether it fits, and what a step changes.
 
+#include <algorithm>
+
 #include "step/params.h"
 
 namespace fusedopt {
@@ -28,6 +30,10 @@ bool ParamReader::read_states(Entry* entry, View* views) {
   const bool is_plain = !group.in_parts || !is_half(views[kParam].dtype);
   if (group.states.size() == 0 && !group.counts_steps && is_plain) return true;
   const Py_ssize_t before = cursor_;
+  // Random bits and blocks go by the numbers of elements, which a device has in their order alone.
+  const bool may_be_numbered =
+      group.may_be_coded || (group.rounds_at_random && is_half(views[kParam].dtype));
+  if (entry->device != kHost && may_be_numbered && !views[kParam].contiguous) return false;
   entry->state = find(state_.ptr(), entry->param, &cursor_);
   in_order_ = in_order_ && cursor_ != before;
   entry->is_new = entry->lacks_state = !entry->state;
@@ -38,7 +44,6 @@ bool ParamReader::read_states(Entry* entry, View* views) {
   }
   held_.push_back(py::reinterpret_borrow<py::object>(entry->state));
   Py_ssize_t cursor = 0;
-  bool fits = true;
   if (group.counts_steps) read_step(entry, &cursor);
   entry->lacks_state = group.counts_steps && !entry->step;
   for (size_t s = 0; s < group.states.size(); ++s) {
@@ -51,17 +56,21 @@ bool ParamReader::read_states(Entry* entry, View* views) {
     if (s == group.rule_states && !group.moves_slow()) continue;  // slow weights, at rest
     View& state = views[kFirstState + s];
     read_state(*entry, tensor, group.state(s), views[kParam], &state);
-    if (entry->device != kHost) {
-      const View pair[] = {views[kParam], state};
-      fits = fits && is_number(state.dtype) && common_layout(pair, 2).empty() &&
-             have_one_precision(pair[0], state);
-    }
   }
-  if (entry->device == kHost) read_parts(entry, views, &cursor);
-  return fits;
+  read_parts(entry, views, &cursor);
+  return entry->device == kHost || are_arrays(views, static_cast<int>(group.states.size()));
 }
 
-static std::string device_text(int device) {
+// Whether a device can walk the states that there are in the order of the parameter, as arrays.
+bool ParamReader::are_arrays(const View* views, int states) {
+  return std::all_of(views + kFirstState, views + kFirstState + states, [&](const View& state) {
+    const View pair[] = {views[kParam], state};
+    return !state.data || (common_layout(pair, 2).empty() &&
+                           (state.dtype == DType::f64) == (pair[0].dtype == DType::f64));
+  });
+}
+
+std::string device_text(int device) {
   return device == kHost ? "cpu" : "cuda:" + std::to_string(device);
 }
 
@@ -171,7 +180,8 @@ void ParamReader::advance(const std::vector<Entry>& entries) const {
           PyLong_Check(entry.step) ? PyLong_FromDouble(entry.t) : PyFloat_FromDouble(entry.t));
       if (PyDict_SetItem(entry.state, step_key(), count.ptr())) throw py::error_already_set();
     }
-    if (entry.rounding()) entry.rounding()->increment();
+    const TensorReader::Count* const rounding = entry.rounding();
+    if (rounding && rounding->device == kHost) rounding->increment();
     if (entry.usual) {
       tensors_.abi().bump_version(entry.records[kParam]);
     } else {

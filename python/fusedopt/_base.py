@@ -286,7 +286,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         return Group(
             params=group["params"],
             names=group.get("param_names"),
-            has_kernel=not (group.get("differentiable") or self._is_left_to_torch(group, modes)),
+            has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=_as_bits(rule.flags),
             states=rule.states + ((SLOW,) if self._lookahead else ()),

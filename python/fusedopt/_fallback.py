@@ -31,10 +31,6 @@ class FallsBack(Stores):
     _lookahead: Follower | None = None  # during a step that one makes
     _without_kernel = "torch's own implementation"  # what makes a step then
 
-    def _is_left_to_torch(self, group: dict[str, Any], modes: tuple[bool, ...]) -> bool:
-        """Return whether a device's kernels lack one of these memory modes."""
-        return any(modes) and _engine.on_device(next(iter(group["params"]), None))
-
     def _fall_back(
         self,
         all_groups: list[dict[str, Any]],
@@ -51,7 +47,7 @@ class FallsBack(Stores):
         followed = self._lookahead.following(params) if self._lookahead else nullcontext()
         if warns:
             for index, p in unsupported:
-                self._warn_of_fallback(_cause(all_groups[index], p, any(self._modes())))
+                self._warn_of_fallback(_cause(all_groups[index], p, self._modes()))
         with _scaled_gradients(params, factor), followed, self._as_floats(unsupported) as pairs:
             by_group: dict[int, list[Tensor]] = {}
             # Sparse gradients first: a torch class that refuses them then does so before any
@@ -118,22 +114,24 @@ def _is_sparse(p: Tensor) -> bool:
     return p.grad is not None and p.grad.layout != torch.strided
 
 
-def _cause(group: dict[str, Any], p: Tensor, in_modes: bool) -> str:
+def _cause(group: dict[str, Any], p: Tensor, modes: tuple[bool, bool, bool]) -> str:
     """Return why p has no kernel, for a warning."""
     assert p.grad is not None
     device = p.device.type
     why_not = _engine.why_no_kernels(p)
+    _, at_random, may_be_coded = modes
     causes = {
         "differentiable=True": group.get("differentiable"),
         f"parameters on {device} ({why_not})": why_not,
         f"parameters on {device}": why_not is None and device != "cpu",
-        f"master weights, random rounding or 8-bit states on {device}": in_modes
-        and _engine.on_device(p),
         "sparse gradients": _is_sparse(p),
         "complex parameters": p.is_complex(),
         "parameters that torch has yet to negate": p.is_neg(),
         f"parameters on {device} with gaps between their elements": _engine.on_device(p)
         and torch.empty_like(p, device="meta").stride() != p.stride(),
+        f"random rounding or 8-bit states on {device} of parameters that are not contiguous": (
+            _engine.on_device(p) and (at_random or may_be_coded) and not p.is_contiguous()
+        ),
         f"parameters of {p.dtype} on {device} with states of another precision": _engine.on_device(
             p
         ),

@@ -27,12 +27,6 @@ def scalar(device: int, dtype: str) -> Tensor:
     return torch.empty((), dtype=getattr(torch, dtype), device=_device(device))
 
 
-def upload(device: int, data: bytes) -> Tensor:
-    """Return a copy of the bytes, which is complete for what the current stream does later."""
-    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return host if device < 0 else host.pin_memory().to(_device(device), non_blocking=True)
-
-
 def gather(numbers: Sequence[Tensor], device: int) -> Tensor:
     """Return one-element tensors of any devices as a float64 tensor, without waiting for them."""
     at = _device(device)

@@ -147,7 +147,8 @@ class Stores(HasOptions):
 
     def _first_draw(self, p: Tensor) -> Tensor:
         position = next(i for i, each in enumerate(self._all_parameters()) if each is p)
-        return torch.tensor(_codecs.rounding_key(self.seed, position) << 32, dtype=torch.int64)
+        draw = _codecs.rounding_key(self.seed, position) << 32
+        return torch.tensor(draw, dtype=torch.int64, device=_place_of_draws(p))
 
     def _all_parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -272,7 +273,7 @@ class Stores(HasOptions):
         for key in (master if self._has_master(p) else None, ROUNDING):
             if key in saved:
                 value = _from_bytes(p, saved[key]) if key == REMAINDER else saved[key]
-                state[key] = value.to("cpu" if key == ROUNDING else p.device)
+                state[key] = value.to(_place_of_draws(p) if key == ROUNDING else p.device)
         # In the order of _create_state, and of the very strings that the engine looks for.
         for key in sorted(state, key=_rank):
             state[sys.intern(key)] = state.pop(key)
@@ -372,6 +373,11 @@ def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Return zeros with the strides of p; codes, with those of a C array."""
     layout = torch.contiguous_format if dtype == torch.uint8 else torch.preserve_format
     return torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
+
+
+def _place_of_draws(p: Tensor) -> torch.device:
+    """Return who counts them: a GPU, which alone may know that a step is skipped, or the CPU."""
+    return p.device if p.is_cuda else torch.device("cpu")
 
 
 def _zero_scales(p: Tensor) -> Tensor:

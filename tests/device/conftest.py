@@ -21,5 +21,5 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat tables as in a graph that is captured: none may be uploaded."""
+    """Let steps be captured into a graph, as far as they can tell."""
     monkeypatch.setattr(_memory, "is_capturing", lambda _: True)

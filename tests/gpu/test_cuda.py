@@ -196,7 +196,7 @@ def test_no_step_waits_for_the_gpu(config: Config) -> None:
     options: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.3}, {"skip_nonfinite": True}]
     for option in options:
         params = [Parameter(normal(n, i, torch.float32, "cuda")) for i, n in enumerate(SIZES)]
-        params += [Parameter(torch.ones(7, device="cuda")) for _ in range(1200)]  # uploaded tables
+        params += [Parameter(torch.ones(7, device="cuda")) for _ in range(1200)]  # a long table
         optimizer = config.cls(params, **config.kwargs, **option)
         set_gradients(params, 0)
         for _ in range(3):
@@ -265,6 +265,26 @@ def test_a_captured_training_step(config: Config, clip: float | None, tensors: i
         fill(step)
         graph.replay()
         train_step(*plain)
+    assert_same_state(captured[1], plain[1], same_as_on_cpu)
+
+
+def test_a_captured_step_draws_anew_at_each_replay() -> None:
+    def make() -> tuple[list[Tensor], Any]:
+        params = [
+            normal(n, i, torch.bfloat16, "cuda").view(-1, 64).requires_grad_()
+            for i, n in enumerate((6400, 64))
+        ]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        options: dict[str, Any] = {"stochastic_rounding": True, "state_dtype": "mxfp8"}
+        return params, fusedopt.AdamW(params, capturable=True, **options)
+
+    captured, plain = make(), make()
+    graph = capture(captured[1].step)
+    for _ in range(5):
+        graph.replay()
+    for _ in range(8):
+        plain[1].step()
     assert_same_state(captured[1], plain[1], same_as_on_cpu)
 
 
