@@ -281,10 +281,13 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         return Group(
             params=group["params"],
             names=group.get("param_names"),
-            has_kernel=not (group.get("differentiable") or self._is_left_to_torch(group, modes)),
+            has_kernel=not (
+                group.get("differentiable")
+                or (True in modes and self._is_left_to_torch(group, modes))
+            ),
             rule=rule.name,
             flags=_as_bits(rule.flags),
-            states=rule.states + ((SLOW,) if self._lookahead else ()),
+            states=(*rule.states, SLOW) if self._lookahead else rule.states,
             has_slow=self._lookahead is not None,
             alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
             counts_steps=rule.counts_steps,
