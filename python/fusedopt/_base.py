@@ -289,7 +289,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=_as_bits(rule.flags),
-            states=rule.states + ((SLOW,) if self._lookahead else ()),
+            states=(*rule.states, SLOW) if self._lookahead else rule.states,
             has_slow=self._lookahead is not None,
             alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
             counts_steps=rule.counts_steps,

@@ -63,7 +63,8 @@ class Clips(HasOptions):
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         given = self.defaults  # where the options are; found faster so
         norm, skips = given.get("max_grad_norm"), given.get("skip_nonfinite", False)
-        scaling = Scaling(
+        scaling = Scaling.__new__(  # as the class does, which makes a dict of these first
+            Scaling,
             unscale=1.0 if scale is None else 1.0 / _engine.number_or_device(scale),
             coefficient=pending.coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),

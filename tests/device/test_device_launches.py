@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import _core, _engine, _memory
-from tests.helpers import assert_same_bits, assert_same_state, parameters, set_gradients, train
+from tests.helpers import (
+    assert_same_bits,
+    assert_same_state,
+    parameters,
+    set_gradients,
+    train,
+    values,
+)
 from tests.registry import PLAIN_CONFIGS, Config
 
 
@@ -140,6 +147,34 @@ def test_usual_parameters_are_read_without_python(
     asked.clear()
     optimizer.step()
     assert not asked
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_that_comes_to_be_shared_is_found(fails: bool) -> None:
+    """Also if the step that would have found it has failed."""
+
+    def trained(engine: Any) -> Optimizer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_engine, "engine", engine)
+            params = parameters([(20_000,), (20_000,), (5,)], torch.float32)
+            optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9)
+            train(optimizer, params, 2)
+            both = values((28_000,), 7, torch.float32)
+            params[0].data, params[1].data = both[:20_000], both[8_000:]
+            set_gradients(params, 2)
+            if fails:
+                state = optimizer.state[params[2]]
+                momentum, state["momentum_buffer"] = state["momentum_buffer"], torch.zeros(6)
+                with pytest.raises(ValueError, match="momentum_buffer"):
+                    optimizer.step()
+                state["momentum_buffer"] = momentum
+            optimizer.step()
+            train(optimizer, params, range(3, 4))
+        return optimizer
+
+    actual = trained(_engine.engine)
+    expected = trained(_core.Engine(device="none"))
+    assert_same_state(actual, expected, assert_same_bits)
 
 
 def test_usual_parameters_among_others() -> None:
