@@ -42,7 +42,22 @@ struct alignas(kBytes) Word {
   uint32_t parts[kBytes / 4];
 };
 
-// A compiler that sees a store of a struct may cut it into parts.
+// A compiler that sees accesses of a struct may cut them into parts: stores, and loads of doubles.
+template <int kBytes, bool kOfDoubles>
+FUSEDOPT_FN Word<kBytes> load_word(const char* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes == 16 && kOfDoubles) {
+    Word<kBytes> word;
+    uint32_t* const parts = word.parts;
+    asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+        : "l"(from));
+    return word;
+  }
+#endif
+  return *reinterpret_cast<const Word<kBytes>*>(on_device(from));
+}
+
 template <int kBytes>
 FUSEDOPT_FN void store_word(const Word<kBytes>& word, char* to) {
 #if defined(__CUDA_ARCH__)
@@ -58,7 +73,7 @@ FUSEDOPT_FN void store_word(const Word<kBytes>& word, char* to) {
 }
 
 // Between memory and registers, where fewer than four bytes have a register, too.
-template <int kBytes>
+template <int kBytes, bool kOfDoubles = false>
 FUSEDOPT_FN void copy_from(const char* from, uint32_t* parts) {
   if constexpr (kBytes == 1) {
     *parts = *reinterpret_cast<const uint8_t*>(on_device(from));
@@ -68,7 +83,7 @@ FUSEDOPT_FN void copy_from(const char* from, uint32_t* parts) {
     constexpr int kWord = kBytes < 16 ? kBytes : 16;
     FUSEDOPT_UNROLL()
     for (int at = 0; at < kBytes; at += kWord) {
-      const auto word = *reinterpret_cast<const Word<kWord>*>(on_device(from + at));
+      const auto word = load_word<kWord, kOfDoubles>(from + at);
       FUSEDOPT_UNROLL()
       for (int i = 0; i < kWord / 4; ++i) parts[at / 4 + i] = word.parts[i];
     }

@@ -34,7 +34,8 @@ struct Arrays {
 
   template <int kWidth>
   FUSEDOPT_FN static void load(const Place& from, Spot at, Group* to) {
-    copy_from<kWidth * kSize>(from.data + int64_t{at.group} * (kWidth * kSize), to->first);
+    const char* const data = from.data + int64_t{at.group} * (kWidth * kSize);
+    copy_from<kWidth * kSize, std::is_same_v<First, double>>(data, to->first);
     if constexpr (kIsPair) {
       copy_from<kWidth * kSecondSize>(from.second + int64_t{at.group} * (kWidth * kSecondSize),
                                       to->second);
