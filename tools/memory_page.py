@@ -4,7 +4,8 @@
 
 Without ``--write``, a block that is not what this makes is an error; the growth of a process,
 which is never twice the same, may be off by GROWTH_WITHIN then. The losses are those of
-docs/memory.json, which tools/memory_quality.py measures.
+docs/memory.json, which tools/memory_quality.py measures, and the times those of
+docs/memory_speed.json, which tools/memory_speed.py does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from examples.train_gpt import MEMORY
-from tools import memory_quality
+from tools import memory_quality, memory_speed
 from tools.make_guide import rewrite
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +155,10 @@ def losses() -> list[str]:
     return memory_quality.table(json.loads(memory_quality.RESULTS.read_text()))
 
 
+def times() -> list[str]:
+    return memory_speed.table(json.loads(memory_speed.RESULTS.read_text()))
+
+
 def growth() -> list[str]:
     """How much a process grows by a large AdamW, beside what its tensors have."""
     rows = []
@@ -197,6 +202,7 @@ BLOCKS: list[tuple[Path, str, Callable[[], list[str]]]] = [
     (PAGE, "modes", modes),
     (PAGE, "each", each),
     (PAGE, "losses", losses),
+    (PAGE, "times", times),
     (README, "memory", headline),
 ]
 
