@@ -84,8 +84,8 @@ def table(results: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"{MODEL} shapes, {facts['threads']} threads where nothing else is said, medians of "
-        f"{samples} rounds and more in which all modes step in turn, quartiles up to {apart:.0%} of the "
-        f"median apart; `float32` took {took}. "
+        f"{samples} rounds and more in which all modes step in turn, quartiles up to {apart:.0%} "
+        f"of the median apart; `float32` took {took}. "
         f"*By bytes* is what moving fewer of them would give AdamW if nothing else took time. "
         f"{facts['processor']}, {facts['instruction set']}, torch {facts['torch']}.",
     ]
