@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedopt
 from tests.helpers import all_params, each_optimizer, oracle, set_gradients, values
 from tests.registry import Config
+from tests.test_memory_modes import MODES, each_mode, each_plain_config, parameters
 
 pytestmark = pytest.mark.cpu_only("the tensors of a mode are torch's")
 
@@ -41,6 +43,29 @@ def params_of(dtype: torch.dtype = torch.float32) -> list[Parameter]:
 def near(ours: Any, expected: Any) -> None:
     for p, q in zip(all_params(ours), all_params(expected), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@each_plain_config
+@each_mode
+def test_first_steps_in_the_memory_modes_leave_what_the_engine_leaves(
+    config: Config, mode: str
+) -> None:
+    def stepped(watching: Any) -> Any:
+        params = parameters(torch.bfloat16, [(64, 96), (130,)])
+        optimizer = config.cls(params, **config.kwargs, **MODES[mode])
+        for step in range(2):
+            set_gradients(params, step)
+            with watching:
+                optimizer.step()
+        return optimizer
+
+    ours, expected = stepped(Seen()), stepped(nullcontext())
+    for p, q in zip(all_params(ours), all_params(expected), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-2, atol=1e-2)
+        state, theirs = ours.state[p], expected.state[q]
+        assert {key: x.dtype for key, x in state.items()} == {
+            key: x.dtype for key, x in theirs.items()
+        }
 
 
 @each_optimizer

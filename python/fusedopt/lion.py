@@ -130,8 +130,10 @@ class Lion(Fused, Optimizer):
         for group in groups:
             scalars: dict[str, Any] = self._scalars(group, 1)
             for p in group["params"]:
-                self._create_state(self._rule(group), p)
-                stored = [p, -p.grad if group["maximize"] else p.grad, self.state[p]["exp_avg"]]
+                state = self.state[p]  # of the parameter, or of what stands in for it
+                if state.get("exp_avg") is None:
+                    state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                stored = [p, -p.grad if group["maximize"] else p.grad, state["exp_avg"]]
                 stored = [torch.view_as_real(x) if x.is_complex() else x for x in stored]
                 compute = torch.float64 if stored[0].dtype == torch.float64 else torch.float32
                 new_p, new_m = self.reference(*(x.to(compute) for x in stored), **scalars)
