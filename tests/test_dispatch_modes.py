@@ -51,7 +51,7 @@ def test_first_steps_in_the_memory_modes_leave_what_the_engine_leaves(
     config: Config, mode: str
 ) -> None:
     def stepped(watching: Any) -> Any:
-        params = parameters(torch.bfloat16, [(64, 96), (130,)])
+        params: Any = parameters(torch.bfloat16, [(64, 96), (130,)])
         optimizer = config.cls(params, **config.kwargs, **MODES[mode])
         for step in range(2):
             set_gradients(params, step)
