@@ -30,33 +30,24 @@ struct HeldLanes {
   }
 };
 
-template <>
-struct Held<DType::f32> : HeldLanes {
+// float or BFloat16.
+template <class Stored>
+struct HeldNumbers : HeldLanes {
   FUSEDOPT_FN bool load(const Stream& from, int64_t at) {
-    const auto* data = reinterpret_cast<const float*>(from.data) + at;
-    load_each([data](int i) { return load_floats(data + i); });
-    return true;
-  }
-  FUSEDOPT_FN bool is_rare() { return false; }
-  FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t*) const {
-    auto* data = reinterpret_cast<float*>(to.data) + at;
-    store_each([data](BFloat16Vec x, int i) { store_floats(x, data + i); });
-  }
-};
-
-template <>
-struct Held<DType::bf16> : HeldLanes {
-  FUSEDOPT_FN bool load(const Stream& from, int64_t at) {
-    const auto* data = reinterpret_cast<const BFloat16*>(from.data) + at;
+    const auto* data = reinterpret_cast<const Stored*>(from.data) + at;
     load_each([data](int i) { return load_in_halves(data + i); });
     return true;
   }
-  FUSEDOPT_FN bool is_rare() { return has_nan(); }
+  FUSEDOPT_FN bool is_rare() { return !std::is_same_v<Stored, float> && has_nan(); }
   FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t*) const {
-    auto* data = reinterpret_cast<BFloat16*>(to.data) + at;
+    auto* data = reinterpret_cast<Stored*>(to.data) + at;
     store_each([data](BFloat16Vec x, int i) { store_in_halves(x, data + i); });
   }
 };
+template <>
+struct Held<DType::f32> : HeldNumbers<float> {};
+template <>
+struct Held<DType::bf16> : HeldNumbers<BFloat16> {};
 
 template <>
 struct Held<DType::bf16_random> : Held<DType::bf16> {

@@ -161,10 +161,10 @@ FUSEDOPT_FN BFloat16Vec in_memory_order(BFloat16Vec x) {
 #endif
 }
 
-FUSEDOPT_FN BFloat16Vec load_floats(const float* from) {
+FUSEDOPT_FN BFloat16Vec load_in_halves(const float* from) {
   return in_halves_order(Vec<float>::load(from), Vec<float>::load(from + Vec<float>::kLanes));
 }
-FUSEDOPT_FN void store_floats(BFloat16Vec x, float* to) {
+FUSEDOPT_FN void store_in_halves(BFloat16Vec x, float* to) {
   const BFloat16Vec in_order = in_memory_order(x);
   in_order.a.store(to);
   in_order.b.store(to + Vec<float>::kLanes);

@@ -108,14 +108,14 @@ struct Block {
   FUSEDOPT_FN static Block from_memory(const float* from) {
     Block block;
     for (BFloat16Vec& x : block.lanes) {
-      x = load_floats(from);
+      x = load_in_halves(from);
       from += BFloat16Vec::kLanes;
     }
     return block;
   }
   FUSEDOPT_FN void to_memory(float* to) const {
     for (const BFloat16Vec& x : lanes) {
-      store_floats(x, to);
+      store_in_halves(x, to);
       to += BFloat16Vec::kLanes;
     }
   }
