@@ -129,7 +129,7 @@ def test_float32_is_nearer_to_float64_than_torchs_bfloat16() -> None:
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("error", INFO.optim_error_inputs_func("cpu", torch.float64), ids=str)
+@pytest.mark.parametrize("error", INFO.optim_error_inputs_func("cpu", torch.float64))
 def test_errors_are_torchs(error: Any) -> None:
     given = error.optimizer_error_input
     if error.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
