@@ -38,7 +38,7 @@ class Asked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.most = 0, 1_000_000
-        for name in ("empty", "scalar", "upload"):
+        for name in ("empty", "scalar"):
             monkeypatch.setattr(_memory, name, self._counted(getattr(_memory, name)))
 
     def _counted(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
