@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedopt import _codecs, _storage
+from fusedopt import _codecs, _stored
 from fusedopt._base import Fused
 from tests.reference import reference_update, same_bits
 from tests.registry import CONFIGS, PLAIN_CONFIGS, Config
@@ -54,7 +54,7 @@ def numbers_of(state: dict[str, Tensor], name: str) -> Tensor:
     value = state[name]
     if value.dtype != torch.uint8:
         return value
-    return _codecs.decode(value, state[f"{name}_scale"], _storage.code_of(name))
+    return _codecs.decode(value, state[f"{name}_scale"], _stored.code_of(name))
 
 
 class Expected:
@@ -76,7 +76,7 @@ class Expected:
         start = self.group.get("initial_accumulator_value", 0.0)
         self.states = [torch.full_like(self.master, start) for _ in self.rule.states]
         if self.coded:
-            code = _storage.code_of(self.rule.states[0] if self.rule.states else "")
+            code = _stored.code_of(self.rule.states[0] if self.rule.states else "")
             self.states = [
                 _codecs.decode(*_codecs.encode_to_nearest(x, code), code) for x in self.states
             ]
@@ -102,7 +102,7 @@ class Expected:
             self.master = self.p.float()
         for i, (name, x) in enumerate(zip(self.rule.states, states, strict=True)):
             if self.coded:
-                code = _storage.code_of(name)
+                code = _stored.code_of(name)
                 bits = _codecs.for_signed(u) if code.signed else _codecs.for_unsigned(u)
                 self.states[i] = _codecs.decode(*_codecs.encode(x, bits, code), code)
             else:

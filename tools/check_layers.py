@@ -40,7 +40,8 @@ PYTHON: Floors = (
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_pending", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
-    ("_batches", "_engine", "_options", "_ranks"),
+    ("_masters",),
+    ("_batches", "_engine", "_options", "_ranks", "_stored"),
     ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards"),
 )
 

@@ -19,7 +19,7 @@ from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
-from fusedopt._storage import SLOW, have_no_sign
+from fusedopt._stored import SLOW, have_no_sign
 
 SEE_FUSED = (  # in a class docstring
     "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
@@ -238,35 +238,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self._fall_back(groups, with_gradient, factor, warns=False)
         return norm, False
 
-    # ---- groups, states, checkpoints ---------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of its torch parent.
-
-        States are stored as this optimizer's ``state_dtype`` says, whatever they were saved as.
-        With ``None`` they get their parameter's dtype, as in torch, unless that cannot hold them:
-        float32 states of a bfloat16 parameter stay float32, where torch rounds them. So no digit is
-        lost, and a checkpoint that was saved in 16 bits goes on in float32.
-        """
-        saved: dict[str, Any] = {}
-
-        def see(_: Any, seen: dict[str, Any]) -> None:
-            self._check_states(seen)
-            saved.update(seen)
-
-        handles = [
-            # The last of the pre-hooks sees what the others made of the checkpoint.
-            self.register_load_state_dict_pre_hook(see),
-            # The first of the post-hooks leaves to the others what they expect.
-            self.register_load_state_dict_post_hook(
-                lambda _: self._restore_states(saved), prepend=True
-            ),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+    # ---- groups ------------------------------------------------------------------------------
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
         self._refuse_options_in(group)

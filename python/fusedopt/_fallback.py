@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fusedopt import _engine
+from fusedopt import _codecs, _engine
+from fusedopt._shards import as_part_of, local
 from fusedopt._storage import Stores
+from fusedopt._stored import MXFP8, ROUNDING, SLOW, as_numbers, encoded, is_coded, is_moment
 
 
 class Follower(Protocol):
@@ -83,6 +85,65 @@ class FallsBack(Stores):
             for key, value in self.state.get(p, {}).items():
                 if key != "step" and isinstance(value, Tensor) and value.dtype != p.dtype:
                     self.state[p][key] = value.to(p.dtype)
+
+    @contextmanager
+    def _as_floats(self, pairs: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+        """Let a float32 stand in for each parameter that is stored in more than one tensor."""
+        stand_ins: dict[Tensor, Tensor] = {}
+        changed = []
+        for index, p in pairs:
+            if not self._is_in_parts(p):
+                changed.append((index, p))
+                continue
+            q = self._master(p).requires_grad_()
+            q.grad = None if p.grad is None else p.grad.float()
+            if p in self.state:
+                self.state[q] = as_numbers(self.state[p])
+            stand_ins[p] = q
+            changed.append((index, q))
+        try:
+            yield changed
+            for p, q in stand_ins.items():
+                self._take_back(p, q)
+        finally:
+            for q in stand_ins.values():
+                self.state.pop(q, None)
+
+    def _is_in_parts(self, p: Tensor) -> bool:
+        state = self.state.get(p, {})
+        return (
+            self._has_master(p)
+            or self._rounds_at_random(p)
+            or self._stored_as(p) != p.dtype
+            or any(is_coded(value) for value in state.values())
+        )
+
+    @torch.no_grad()
+    def _take_back(self, p: Tensor, q: Tensor) -> None:
+        """Store what torch has made of the stand-in q."""
+        state, stored_as = self.state[p], self._stored_as(p)
+        takes_bits = stored_as == MXFP8 or self._rounds_at_random(p)
+        if takes_bits and ROUNDING not in state:
+            state[ROUNDING] = self._first_draw(p)
+        u: Any = None
+        if takes_bits:
+            u = _codecs.random_bits(int(state[ROUNDING]), local(p).shape, self._first_element(p))
+            u = u.to(p.device)
+            state[ROUNDING] += 1
+        if self._has_master(p):
+            self._set_master(p, q)
+        elif self._rounds_at_random(p):
+            bits = _codecs.for_parameter(u)
+            p.copy_(as_part_of(p, _codecs.round_at_random(local(q), p.dtype, bits)))
+        else:
+            p.copy_(q)
+        for name, value in self.state.get(q, {}).items():
+            if not is_moment(name, value):
+                state[name] = value
+            elif stored_as == MXFP8 and name != SLOW:
+                state.update(encoded(p, value, name, u))
+            else:
+                state[name] = value if name == SLOW else value.to(stored_as)
 
     def _warn_of_fallback(self, cause: str) -> None:
         warned = self.__dict__.setdefault("_warned", set())

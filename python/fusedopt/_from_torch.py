@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from fusedopt import clip
 from fusedopt._options import OPTIONS
-from fusedopt._storage import Stores, check_seed, check_state_dtype
+from fusedopt._storage import Stores
+from fusedopt._stored import check_seed, check_state_dtype
 
 T = TypeVar("T", bound="FromTorch")
 

@@ -26,7 +26,7 @@ from fusedopt._operators import without_autocast
 from fusedopt._options import Option
 from fusedopt._orthogonal import Iteration, step_ratio
 from fusedopt._shards import local
-from fusedopt._storage import decoded
+from fusedopt._stored import decoded
 
 BUFFER = "momentum_buffer"
 _MOMENTUM = Rule("muon_momentum", (), (BUFFER,), counts_steps=False)

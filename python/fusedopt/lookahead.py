@@ -16,7 +16,7 @@ from fusedopt._base import Fused
 from fusedopt._clipping import found_inf
 from fusedopt._hooked import Hooked
 from fusedopt._numeric import accumulate
-from fusedopt._storage import SLOW
+from fusedopt._stored import SLOW
 
 # What belongs to the wrapper; all other attributes are the wrapped optimizer's.
 _OWN = {"optimizer", "k", "alpha", "step"}

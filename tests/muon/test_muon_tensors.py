@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt._storage import decoded
+from fusedopt._stored import decoded
 from tests.helpers import (
     assert_same_bits,
     assert_within,
