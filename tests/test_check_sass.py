@@ -6,12 +6,14 @@ import pytest
 
 from tools import check_sass
 
-NAME = "_ZN8fusedopt4cuda13update_kernelILi{kind}EEv"
+NAME = "_ZN8fusedopt4cuda13update_kernelILi{kind}E{rule}Ev"
 
 
-def kernel(kind: int, *code: str, registers: int = 40, stack: int = 0) -> check_sass.Kernel:
+def kernel(
+    kind: int, *code: str, registers: int = 40, stack: int = 0, rule: str = ""
+) -> check_sass.Kernel:
     """Return a kernel as it is read of what cuobjdump prints."""
-    name = NAME.format(kind=kind)
+    name = NAME.format(kind=kind, rule=rule)
     lines = [f"        /*{16 * i:04x}*/    {text} ;   /* 0x0 */" for i, text in enumerate(code)]
     listing = "\n".join(["code for sm_90", f"\t\tFunction : {name}", *lines])
     usage = f" Function {name}:\n  REG:{registers} STACK:{stack} SHARED:0 LOCAL:0"
@@ -54,6 +56,15 @@ def test_faults_are_found(code: list[str], fault: str) -> None:
     assert any(each.startswith(fault) for each in check_sass.faults_of(kernel(0, *code)))
 
 
+def test_one_array_that_is_left_alone_may_lack_single_elements() -> None:
+    lacking = [*GOOD, IN_WORDS[1]]  # words are stored of two arrays, single elements of one
+    assert not list(check_sass.faults_of(kernel(0, *lacking, rule="MuonMomentum")))
+    assert list(check_sass.faults_of(kernel(0, *lacking)))
+    in_parts = [*GOOD[:3], *ONE_BY_ONE * 5]
+    assert list(check_sass.faults_of(kernel(0, *in_parts, rule="MuonMomentum")))
+    assert list(check_sass.faults_of(kernel(0, *lacking, IN_WORDS[1], rule="MuonMomentum")))
+
+
 def test_a_double_kernel_may_compute_in_double() -> None:
     in_words = ["LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4"]
     one_by_one = ["LDG.E.64 R4, [R2.64]", "STG.E.64 [R2.64], R4", "DADD R4, R4, R6"]
@@ -70,10 +81,10 @@ def test_registers_and_stacks_are_bounded() -> None:
 
 def test_contracted_operations_are_found_in_float_alone() -> None:
     ptx = "".join(
-        f".visible .entry {NAME.format(kind=kind)}(\n)\n{{ {body} }}\n"
+        f".visible .entry {NAME.format(kind=kind, rule='')}(\n)\n{{ {body} }}\n"
         for kind, body in [(0, "fma.rn.f32 %f1;"), (1, "fma.rn.f64 %d1;"), (2, "add.f32 %f1;")]
     )
-    assert list(check_sass.fused_in(ptx)) == [NAME.format(kind=0)]
+    assert list(check_sass.fused_in(ptx)) == [NAME.format(kind=0, rule="")]
 
 
 def test_what_a_group_usually_takes() -> None:
