@@ -173,7 +173,10 @@ def test_a_missing_package_is_named_before_anything_runs(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    absent = lambda name: None if name == "hypothesis" else find(name)  # noqa: E731
+
+    def absent(name: str) -> Any:
+        return None if name == "hypothesis" else find(name)
+
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(["check", "--rehearse"])

@@ -174,7 +174,7 @@ def main() -> int:
     print(f"{folder.name}: {len(kernels)} kernels, {len(updates)} of them updates")
     for kernel in updates:  # what docs/gpu.md says of them
         if ADAMW in kernel.name and kernel.kind not in (F64, ANY_NUMBERS, ANY_CODECS):
-            each = kernel.usual_instructions() / ELEMENTS.get(kernel.kind, 8)
+            each = kernel.usual_instructions() / ELEMENTS.get(kernel.kind or F32, 8)
             print(
                 f"  AdamW, kind {kernel.kind}: {kernel.registers} registers, {each:.1f} an element"
             )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from examples import train_gpt
 from examples.train_gpt import MEMORY, RECIPES
+from tools import small_gpt
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "memory.json"
@@ -28,7 +29,6 @@ PICTURE = DOCS / "memory.png"
 OPTIMIZER = "AdamW"
 SEEDS = 5
 STEPS, TESTS = 700, 20
-WIDTH, LAYERS, CONTEXT, WINDOWS = 64, 2, 64, 128
 COLOURS = {
     "float32": "#000000",
     "float32-mxfp8": "#8c8c8c",
@@ -45,28 +45,11 @@ def train(job: tuple[str, int]) -> list[float]:
     """The held-out losses of one mode and seed: of the same start and batches in all modes."""
     mode, seed = job
     torch.set_num_threads(1)
-    text, held_text = train_gpt.load_text()
-    spread = np.linspace(0, len(held_text) - CONTEXT - 1, num=WINDOWS, dtype=np.int64)
-    held_out = train_gpt.windows(held_text, spread, CONTEXT)
-
     torch.manual_seed(seed)
-    start = train_gpt.GPT(WIDTH, LAYERS)
+    start = small_gpt.make()
     model = copy.deepcopy(start).to(MEMORY[mode].dtype)
     optimizer = train_gpt.fused_side(OPTIMIZER, model, start, MEMORY[mode], seed)
-    schedule = train_gpt.schedule_for(optimizer, STEPS)
-    random = np.random.default_rng(seed)
-    losses = []
-    for step in range(1, STEPS + 1):
-        starts = random.integers(0, len(text) - CONTEXT, size=train_gpt.BATCH)
-        optimizer.zero_grad()
-        loss = model.loss(*train_gpt.windows(text, starts, CONTEXT))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        schedule.step()
-        if step % (STEPS // TESTS) == 0:
-            with torch.no_grad():
-                losses.append(model.loss(*held_out).item())
-    return losses
+    return small_gpt.held_out_losses(model, optimizer, seed, STEPS, TESTS)
 
 
 def measure(workers: int = 2) -> dict[str, Any]:
@@ -76,9 +59,8 @@ def measure(workers: int = 2) -> dict[str, Any]:
     losses: dict[str, list[list[float]]] = {mode: [] for mode in MEMORY}
     for (mode, _), run in zip(jobs, runs, strict=True):
         losses[mode].append(run)
-    weights = sum(p.numel() for p in train_gpt.GPT(WIDTH, LAYERS).parameters())
     return {
-        "weights": weights,
+        "weights": small_gpt.weights(),
         "steps": STEPS,
         "torch": torch.__version__,
         "losses": losses,  # of each mode and seed, at equal distances

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import fusedopt
 from examples import train_gpt
+from tools import small_gpt
 from tools.make_guide import rewrite
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -32,7 +33,6 @@ RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 WEIGHT_DECAY, BETAS = 0.1, (0.9, 0.95)
 SEEDS, SEARCH_SEED = 4, 100
 STEPS, TESTS = 350, 35
-WIDTH, LAYERS, CONTEXT, WINDOWS = 64, 2, 64, 128
 OPTIMIZERS = {"AdamW": "#1f77b4", "MuonWithAuxAdam": "#d62728"}
 
 
@@ -57,26 +57,10 @@ def make_optimizer(name: str, model: torch.nn.Module, lr: float) -> Any:
 def train(run: Run) -> list[float]:
     """The held-out losses: of the same start and batches with both optimizers."""
     torch.set_num_threads(1)
-    text, held_text = train_gpt.load_text()
-    spread = np.linspace(0, len(held_text) - CONTEXT - 1, num=WINDOWS, dtype=np.int64)
-    held_out = train_gpt.windows(held_text, spread, CONTEXT)
     torch.manual_seed(run.seed)
-    model = train_gpt.GPT(WIDTH, LAYERS)
+    model = small_gpt.make()
     optimizer = make_optimizer(run.optimizer, model, run.lr)
-    schedule = train_gpt.schedule_for(optimizer, STEPS)
-    random = np.random.default_rng(run.seed)
-    losses = []
-    for step in range(1, STEPS + 1):
-        starts = random.integers(0, len(text) - CONTEXT, size=train_gpt.BATCH)
-        optimizer.zero_grad()
-        loss = model.loss(*train_gpt.windows(text, starts, CONTEXT))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimizer.step()
-        schedule.step()
-        if step % (STEPS // TESTS) == 0:
-            with torch.no_grad():
-                losses.append(model.loss(*held_out).item())
-    return losses
+    return small_gpt.held_out_losses(model, optimizer, run.seed, STEPS, TESTS)
 
 
 def measure(workers: int = 2) -> dict[str, Any]:
@@ -95,7 +79,7 @@ def measure(workers: int = 2) -> dict[str, Any]:
         for run, losses in zip(runs, losses_of(runs), strict=True):
             found[run.optimizer].append(losses)
     return {
-        "weights": sum(p.numel() for p in train_gpt.GPT(WIDTH, LAYERS).parameters()),
+        "weights": small_gpt.weights(),
         "steps": STEPS,
         "torch": torch.__version__,
         "search": {name: list(losses.items()) for name, losses in search.items()},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedopt.bench import measure
+from fusedopt.bench import measure, probe
 from fusedopt.bench.results import Timing
 from fusedopt.bench.rows import Row
 from fusedopt.bench.table import _cells
@@ -71,6 +71,6 @@ def test_the_hosts_part_has_a_column_of_its_own() -> None:
 
 
 def test_the_probe_copies_what_nothing_compresses() -> None:
-    data = measure._random_bytes(100_003, "cpu")
+    data = probe.random_bytes(100_003, "cpu")
     assert len(set(data.tolist())) == 256
     assert data.data_ptr() % 16 == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,6 +42,12 @@ def assert_same_everywhere(
             assert same_state(state[key].cpu(), theirs[key]), key
 
 
+def assert_bits_are_the_cpus(trained: Callable[[], tuple[Any, list[Tensor]]]) -> None:
+    with on_cpu():
+        expected = trained()
+    assert_same_everywhere(*trained(), *expected)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @each_mode
 def test_a_step_is_the_reference_between_the_codecs(config: Config, mode: str) -> None:
@@ -77,9 +84,7 @@ def test_the_bits_are_those_of_the_cpu(
             state.pop("step", None)
         return optimizer, params
 
-    with on_cpu():
-        expected = trained()
-    assert_same_everywhere(*trained(), *expected)
+    assert_bits_are_the_cpus(trained)
 
 
 @each_mode
@@ -94,9 +99,7 @@ def test_a_scaler_that_finds_infinities_skips_the_draws_too(mode: str) -> None:
             optimizer.step()
         return optimizer, params
 
-    with on_cpu():
-        expected = trained()
-    assert_same_everywhere(*trained(), *expected)
+    assert_bits_are_the_cpus(trained)
 
 
 @pytest.mark.parametrize("mode", RANDOM)
@@ -140,9 +143,7 @@ def test_lookahead_has_bits_of_its_own(mode: str) -> None:
             optimizer.step()
         return optimizer, params
 
-    with on_cpu():
-        expected = trained()
-    assert_same_everywhere(*trained(), *expected)
+    assert_bits_are_the_cpus(trained)
 
 
 @each_mode
@@ -166,9 +167,7 @@ def test_streams_that_are_not_aligned(mode: str) -> None:
             optimizer.step()
         return optimizer, params
 
-    with on_cpu():
-        expected = trained()
-    assert_same_everywhere(*trained(), *expected)
+    assert_bits_are_the_cpus(trained)
 
 
 @each_mode
@@ -185,9 +184,7 @@ def test_special_gradients(mode: str, special: float) -> None:
             optimizer.step()
         return optimizer, params
 
-    with on_cpu():
-        expected = trained()
-    assert_same_everywhere(*trained(), *expected)
+    assert_bits_are_the_cpus(trained)
 
 
 @pytest.mark.parametrize("mode", RANDOM)

@@ -117,7 +117,9 @@ def test_gradient_scalers(scaler_class: Any, amp_scaling: bool) -> None:
             assert p.grad is not None
             p.grad.mul_(1024)
         if step == 2:
-            next(iter(all_params(scaled))).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+            first = next(iter(all_params(scaled))).grad
+            assert first is not None
+            first.view(-1)[0] = torch.inf
         else:
             plain.step()
         scaler.step(scaled)
