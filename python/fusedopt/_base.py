@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt import _engine, _norms, _operators, _ranks
-from fusedopt._clipping import NOTHING, Clips, factor_of
+from fusedopt._clipping import NOTHING, Clips, decide
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
@@ -221,21 +221,17 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         with_gradient = [
             (i, p) for i, group in enumerate(groups) for p in group["params"] if p.grad is not None
         ]
-        gradients = [p.grad for _, p in with_gradient]
-        norm: float | Tensor = math.nan
-        if scaling.max_norm is not None or scaling.skip_nonfinite:
-            norm = _norms.total_norm(gradients, 2) * scaling.unscale
-        factor = factor_of(scaling, norm)
-        skips = [] if scaling.skip is None else [scaling.skip]
-        skips += [~torch.as_tensor(norm).isfinite()] if scaling.skip_nonfinite else []
-        if skips and _operators.is_traced():
+        if (scaling.skip_nonfinite or scaling.skip is not None) and _operators.is_traced():
             raise RuntimeError(
                 "this step is traced into a graph, which cannot leave it out where gradients are "
                 "infinite or NaN: trace with skip_nonfinite=False and without a gradient scaler"
             )
-        if any(bool(skip) for skip in skips if not _operators.has_no_values(skip)):
+        norm, decided = decide(groups, scaling)
+        skip = None if decided is None else decided.skip
+        is_known = skip is not None and not _operators.has_no_values(skip)
+        if decided is None or (is_known and bool(skip)):
             return norm, True
-        self._fall_back(groups, with_gradient, factor, warns=False)
+        self._fall_back(groups, with_gradient, decided.coefficient, warns=False)
         return norm, False
 
     # ---- groups ------------------------------------------------------------------------------

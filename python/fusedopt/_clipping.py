@@ -88,7 +88,7 @@ class Clips(HasOptions):
     def _is_to_skip(self, pending: Pending) -> bool:
         """Return whether it is known before the step that gradients are infinite or NaN."""
         found, norm = getattr(self, "found_inf", None), pending.norm
-        if found is not None and not _engine.on_device(found) and _engine.number(found) != 0:
+        if found is not None and not _engine.on_device(found) and found_inf(self):
             return True
         if norm is None or isinstance(norm, Tensor):
             return False
