@@ -28,8 +28,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that $OUT names; results go to one beside it."""
     monkeypatch.setattr(gpu_check, "REHEARSED", tmp_path / "results")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    root = Path(gpu_check.__file__).parent.parent
-    path = [str(root / "python"), os.environ.get("PYTHONPATH", "")]
+    # The package that these tests have, wherever it is.
+    path = [str(Path(_engine.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     return tmp_path / "out"
 
