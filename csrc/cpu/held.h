@@ -6,6 +6,12 @@
 
 // ---- a block of a stream ------------------------------------------------------------------------
 
+// Where the random bits of a block are.
+struct RandomOfBlock {
+  const uint16_t* halves;
+  BlockBits bits;  // for E4M3
+};
+
 // load() and is_rare(), which is asked after the update and before any store(): whether the block
 // has to be done in tiles.
 template <DType kStored>
@@ -39,7 +45,7 @@ struct HeldNumbers : HeldLanes {
     return true;
   }
   FUSEDOPT_FN bool is_rare() { return !std::is_same_v<Stored, float> && has_nan(); }
-  FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t*) const {
+  FUSEDOPT_FN void store(const Stream& to, int64_t at, const RandomOfBlock&) const {
     auto* data = reinterpret_cast<Stored*>(to.data) + at;
     store_each([data](BFloat16Vec x, int i) { store_in_halves(x, data + i); });
   }
@@ -52,10 +58,10 @@ struct Held<DType::bf16> : HeldNumbers<BFloat16> {};
 template <>
 struct Held<DType::bf16_random> : Held<DType::bf16> {
   static constexpr bool kRandom = true;
-  FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t* random) const {
+  FUSEDOPT_FN void store(const Stream& to, int64_t at, const RandomOfBlock& random) const {
     auto* data = reinterpret_cast<BFloat16*>(to.data) + at;
-    store_each([data, random](BFloat16Vec x, int i) {
-      store_at_random(x, load_halves(random + i), data + i);
+    store_each([data, halves = random.halves](BFloat16Vec x, int i) {
+      store_at_random(x, load_halves(halves + i), data + i);
     });
   }
 };
@@ -69,7 +75,7 @@ struct Held<DType::bf16_split> : HeldLanes {
     return true;  // what is rare is NaN, and stays it
   }
   FUSEDOPT_FN bool is_rare() { return has_nan(); }
-  FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t*) const {
+  FUSEDOPT_FN void store(const Stream& to, int64_t at, const RandomOfBlock&) const {
     auto* data = reinterpret_cast<uint16_t*>(to.data) + at;
     auto* second = reinterpret_cast<uint16_t*>(to.second) + at;
     store_each([=](BFloat16Vec x, int i) { store_split(x, data + i, second + i); });
@@ -81,16 +87,18 @@ struct HeldBlock : Block<Code> {
   static constexpr bool kRandom = true;
   uint32_t most;
   FUSEDOPT_FN bool load(const Stream& from, int64_t at) {
-    return Block<Code>::load(reinterpret_cast<const uint8_t*>(from.data) + at,
-                             reinterpret_cast<const uint8_t*>(from.second)[at / kBlock]);
+    return Block<Code>::load(
+        reinterpret_cast<const uint8_t*>(from.data) + at,
+        reinterpret_cast<const uint8_t*>(from.second)[static_cast<uint64_t>(at) / kBlock]);
   }
   FUSEDOPT_FN bool is_rare() {
     most = this->largest();
     return Block<Code>::is_rare(most);
   }
-  FUSEDOPT_FN void store(const Stream& to, int64_t at, const uint16_t* random) const {
-    Block<Code>::store(most, random, reinterpret_cast<uint8_t*>(to.data) + at,
-                       reinterpret_cast<uint8_t*>(to.second) + at / kBlock);
+  FUSEDOPT_FN void store(const Stream& to, int64_t at, const RandomOfBlock& random) const {
+    Block<Code>::store(most, Code::kSigned ? random.bits : random.bits.for_other_code(),
+                       reinterpret_cast<uint8_t*>(to.data) + at,
+                       reinterpret_cast<uint8_t*>(to.second) + static_cast<uint64_t>(at) / kBlock);
   }
 };
 template <>
@@ -107,7 +115,7 @@ struct HeldStates {
   FUSEDOPT_FN void lanes_to(BFloat16Vec*, int) const {}
   FUSEDOPT_FN void lanes_from(const BFloat16Vec*, int) {}
   FUSEDOPT_FN bool is_rare() { return false; }
-  FUSEDOPT_FN void store(const Stream*, int64_t, const uint16_t*) const {}
+  FUSEDOPT_FN void store(const Stream*, int64_t, const RandomOfBlock&) const {}
 };
 
 template <DType kFirst, DType... kOthers>
@@ -128,7 +136,7 @@ struct HeldStates<kFirst, kOthers...> {
     others.lanes_from(state + 1, i);
   }
   FUSEDOPT_FN bool is_rare() { return first.is_rare() | others.is_rare(); }
-  FUSEDOPT_FN void store(const Stream* to, int64_t at, const uint16_t* random) const {
+  FUSEDOPT_FN void store(const Stream* to, int64_t at, const RandomOfBlock& random) const {
     first.store(*to, at, random);
     others.store(to + 1, at, random);
   }

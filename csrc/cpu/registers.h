@@ -8,14 +8,12 @@
 
 // ---- an update ----------------------------------------------------------------------------------
 
-constexpr int64_t kUnit = kRandomTile;
-
-// Asks for a unit of a stream, `ahead` of that at element `first`. (A number may point anywhere.)
+// Asks for a block of a stream, `ahead` of that at element `first`. (A number may point anywhere.)
 // Unrolled here and below, it costs a step in cache 6 % less.
-FUSEDOPT_FN void prefetch_unit(uintptr_t ahead, int64_t first, int64_t size) {
+FUSEDOPT_FN void prefetch_block(uintptr_t ahead, int64_t first, int64_t size) {
   const uintptr_t from = ahead + static_cast<uintptr_t>(first * size);
 #pragma GCC unroll 16
-  for (uintptr_t at = 0; at < static_cast<uintptr_t>(kUnit * size); at += 64) prefetch(from + at);
+  for (uintptr_t at = 0; at < static_cast<uintptr_t>(kBlock * size); at += 64) prefetch(from + at);
 }
 
 // Streams that are stored so: parameter, gradient, and states.
@@ -26,7 +24,7 @@ struct Mixture {
            has_states(streams + kFirstState);
   }
 
-  // Returns where it has stopped: after the last whole unit.
+  // Returns where it has stopped: after the last whole block.
   template <class Rule>
   [[gnu::noinline]] static int64_t update(const Rule& given, float grad_scale,
                                           const Stream* streams, const Origin& origin,
@@ -46,43 +44,48 @@ struct Mixture {
       const char* const array = s == kStreams ? own[kParam].second : own[s].data;
       ahead[s] = reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(kAhead * kSizes[s]);
     }
-    alignas(kVectorBytes) uint16_t random[kUnit];
+    alignas(kVectorBytes) uint16_t random[kRandomTile];
     const RandomBits random_bits(origin.key, origin.draw);
     const int64_t end = first + count;
-    bool here = true;
-    for (; first + kUnit <= end; first += kUnit) {
-      if (here && first + kAhead >= end) {
-        here = false;
+    int64_t turn = end - kAhead;  // from there on, what is ahead is at `next`
+    int64_t at = first;
+    for (; at + kBlock <= end; at += kBlock) {
+      if (at >= turn) {
+        turn = end;
         for (int s = 0; s <= kStreams; ++s) {
           ahead[s] = reinterpret_cast<uintptr_t>(next[s == kStreams ? kParam : s]) +
                      static_cast<uintptr_t>((kAhead - end) * kSizes[s]);
         }
       }
 #pragma GCC unroll 8
-      for (int s = 0; s <= kStreams; ++s) prefetch_unit(ahead[s], first, kSizes[s]);
-      if (kIsRandom) random_bits(static_cast<uint64_t>(offset + first) / kRandomBlock, random);
-      for (int64_t at = first; at < first + kUnit; at += kBlock) {
-        Held<kParamType> p;
-        Held<kGradType> g;
-        HeldStates<kStates...> states;
-        const bool usual =
-            p.load(own[kParam], at) & g.load(own[kGrad], at) & states.load(own + kFirstState, at);
-        for (int i = 0; i < kInBlock; ++i) {
-          BFloat16Vec state[kMaxStates];
-          states.lanes_to(state, i);
-          rule(p.lanes[i], g.lanes[i] * grad_scale, state);
-          states.lanes_from(state, i);
-        }
-        if (!usual | p.is_rare() | states.is_rare()) {
-          update_in_tiles(given, grad_scale, streams, origin, at, kBlock, next);
-          continue;
-        }
-        const uint16_t* const bits = random + (at - first);
-        p.store(own[kParam], at, bits);
-        states.store(own + kFirstState, at, bits);
+      for (int s = 0; s <= kStreams; ++s) prefetch_block(ahead[s], at, kSizes[s]);
+      const int64_t in_tile = (at - first) % kRandomTile;
+      if (kIsRandom && in_tile == 0) {
+        random_bits(static_cast<uint64_t>(offset + at) / kRandomBlock, random);
       }
+      Held<kParamType> p;
+      Held<kGradType> g;
+      HeldStates<kStates...> states;
+      const bool usual =
+          p.load(own[kParam], at) & g.load(own[kGrad], at) & states.load(own + kFirstState, at);
+      for (int i = 0; i < kInBlock; ++i) {
+        BFloat16Vec state[kMaxStates];
+        states.lanes_to(state, i);
+        rule(p.lanes[i], g.lanes[i] * grad_scale, state);
+        states.lanes_from(state, i);
+      }
+      if (!usual | p.is_rare() | states.is_rare()) {
+        update_in_tiles(given, grad_scale, streams, origin, at, kBlock, next);
+        continue;
+      }
+      RandomOfBlock bits;
+      if constexpr (kIsRandom) {
+        bits = {random + in_tile, BlockBits::load<E4M3>(random + in_tile)};
+      }
+      p.store(own[kParam], at, bits);
+      states.store(own + kFirstState, at, bits);
     }
-    return first;
+    return at;
   }
 
  private:

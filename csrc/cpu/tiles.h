@@ -81,7 +81,7 @@ void encode_blocks(const T* from, const Stream& to, const Rows& rows, int64_t fi
         const Block<Code> block = Block<Code>::from_memory(from + at);
         const uint32_t largest = block.largest();
         if (!block.is_rare(largest)) {
-          return block.store(largest, random + at, codes + at, &scale);
+          return block.store(largest, BlockBits::load<Code>(random + at), codes + at, &scale);
         }
       }
     }

@@ -61,12 +61,23 @@ FUSEDOPT_FN Words widen_a(Halves low, Halves x) {
 FUSEDOPT_FN Words widen_b(Halves low, Halves x) {
   return bit_cast<Words>(widen_b(bit_cast<Bits>(low), bit_cast<Bits>(x)));
 }
-// The upper half of each lane.
-FUSEDOPT_FN Halves upper_halves(Words a, Words b) {
-  const Ints x = bit_cast<Ints>(a) >> 16, y = bit_cast<Ints>(b) >> 16;
-  return bit_cast<Halves>(narrow(bit_cast<Bits>(x), bit_cast<Bits>(y)));
+FUSEDOPT_FN Halves narrow_halves(Ints a, Ints b) {
+  return bit_cast<Halves>(narrow(bit_cast<Bits>(a), bit_cast<Bits>(b)));
 }
-FUSEDOPT_FN Halves lower_halves(Words a, Words b) { return upper_halves(a << 16, b << 16); }
+FUSEDOPT_FN Halves upper_halves(Words a, Words b) {
+  return narrow_halves(bit_cast<Ints>(a) >> 16, bit_cast<Ints>(b) >> 16);
+}
+FUSEDOPT_FN Halves lower_halves(Words a, Words b) {
+#if defined(__AVX512F__)
+  return bit_cast<Halves>(
+      _mm512_packus_epi32(bit_cast<Bits>(a & 0xffff), bit_cast<Bits>(b & 0xffff)));
+#elif defined(__AVX2__)
+  return bit_cast<Halves>(
+      _mm256_packus_epi32(bit_cast<Bits>(a & 0xffff), bit_cast<Bits>(b & 0xffff)));
+#else
+  return upper_halves(a << 16, b << 16);
+#endif
+}
 
 FUSEDOPT_FN Halves load_halves(const void* from) {
   Halves x;

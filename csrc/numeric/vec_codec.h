@@ -9,19 +9,15 @@
 
 // ---- parameters ---------------------------------------------------------------------------------
 
-// (A remainder below zero has taken one from the upper half.)
-FUSEDOPT_FN Words add_remainder(Words both) { return both - ((both & 0x8000) << 1); }
-FUSEDOPT_FN Words split_remainder(Words bits) { return bits + ((bits & 0x8000) << 1); }
-
+// The remainder has a sign: with 2^15 more it has none, and may stand below the upper half.
 FUSEDOPT_FN BFloat16Vec load_split(const void* data, const void* remainder) {
-  const Halves upper = load_halves(data), lower = load_halves(remainder);
-  return {floats_of(add_remainder(widen_a(lower, upper))),
-          floats_of(add_remainder(widen_b(lower, upper)))};
+  const Halves upper = load_halves(data), lower = load_halves(remainder) ^ 0x8000;
+  return {floats_of(widen_a(lower, upper) - 0x8000), floats_of(widen_b(lower, upper) - 0x8000)};
 }
 
 FUSEDOPT_FN void store_split(BFloat16Vec x, void* data, void* remainder) {
   const Words a = bits_of(x.a), b = bits_of(x.b);
-  store_halves(upper_halves(split_remainder(a), split_remainder(b)), data);
+  store_halves(upper_halves(a + 0x8000, b + 0x8000), data);
   store_halves(lower_halves(a, b), remainder);
 }
 
@@ -41,25 +37,41 @@ FUSEDOPT_FN void store_at_random(BFloat16Vec x, Halves random, void* data) {
 
 constexpr int kInBlock = kBlock / BFloat16Vec::kLanes;
 
-FUSEDOPT_FN int32_t largest_lane(Ints x) {
+FUSEDOPT_FN uint32_t largest_lane(Words x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
   __m256i parts[2];
   std::memcpy(parts, &x, sizeof(x));
-  const __m256i all = _mm256_max_epi32(parts[0], parts[1]);
+  const __m256i all = _mm256_max_epu32(parts[0], parts[1]);
 #else
   const __m256i all = bit_cast<__m256i>(x);
 #endif
-  __m128i some = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  some = _mm_max_epi32(some, _mm_shuffle_epi32(some, 0x4e));
-  some = _mm_max_epi32(some, _mm_shuffle_epi32(some, 0xb1));
-  return _mm_cvtsi128_si32(some);
+  __m128i some = _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  some = _mm_max_epu32(some, _mm_shuffle_epi32(some, 0x4e));
+  some = _mm_max_epu32(some, _mm_shuffle_epi32(some, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(some));
 #else
-  int32_t largest = x[0];
+  uint32_t largest = x[0];
   for (int i = 1; i < kVectorBytes / 4; ++i) largest = largest > x[i] ? largest : x[i];
   return largest;
 #endif
 }
+
+// Whether any of a block's 32 codes, with those bits set, is 0xff.
+FUSEDOPT_FN bool any_is_0xff(const uint8_t* codes, uint8_t set) {
+  typedef uint8_t Codes __attribute__((vector_size(kBlock)));
+  Codes all;
+  std::memcpy(&all, codes, sizeof(all));
+  const auto mask = (all | set) == 0xff;
+#if defined(__AVX2__)
+  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+#else
+  uint64_t parts[4];
+  std::memcpy(parts, &mask, sizeof(parts));
+  return (parts[0] | parts[1] | parts[2] | parts[3]) != 0;
+#endif
+}
+
 FUSEDOPT_FN bool any_lane(Ints mask) {
 #if defined(__AVX512F__)
   __m256i parts[2];
@@ -75,12 +87,82 @@ FUSEDOPT_FN bool any_lane(Ints mask) {
 #endif
 }
 
+// The bytes of a block, from halves that have them below nothing else.
+FUSEDOPT_FN void store_codes(const Halves* x, uint8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i codes = _mm256_permute4x64_epi64(
+      _mm256_packus_epi16(bit_cast<__m256i>(x[0]), bit_cast<__m256i>(x[1])), 0xd8);
+  std::memcpy(to, &codes, sizeof(codes));
+#else
+  for (int i = 0; i < kInBlock; ++i) store_bytes(x[i], to + i * BFloat16Vec::kLanes);
+#endif
+}
+
+// From halves that have seven bits and, as their own sign, the eighth.
+FUSEDOPT_FN void store_signed_codes(const Halves* x, uint8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Saturated, a number below zero is its sign, and no other has more bits than without.
+  const Halves a = x[0] & 0x7f, b = x[1] & 0x7f;
+  const __m256i codes = _mm256_permute4x64_epi64(
+      _mm256_packus_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)) |
+          _mm256_packs_epi16(bit_cast<__m256i>(x[0]), bit_cast<__m256i>(x[1])),
+      0xd8);
+  std::memcpy(to, &codes, sizeof(codes));
+#else
+  Halves codes[kInBlock];
+  for (int i = 0; i < kInBlock; ++i) codes[i] = (x[i] & 0x7f) | (x[i] >> 8 & 0x80);
+  store_codes(codes, to);
+#endif
+}
+
+#if defined(__AVX512F__)
+FUSEDOPT_FN Words other_half(Words x) {
+  const auto all = bit_cast<__m512i>(x);
+  return bit_cast<Words>(_mm512_maskz_shuffle_i64x2(0xff, all, all, 0x4e));
+}
+#endif
+
+// The random bits of a block, each where it is added to the digits that are dropped.
+struct BlockBits {
+  Words a[kInBlock], b[kInBlock];
+
+  template <class Code>
+  FUSEDOPT_FN static BlockBits load(const uint16_t* random) {
+    BlockBits all;
+    for (int i = 0; i < kInBlock; ++i) {
+      const Halves bits = bits_for<Code>(load_halves(random + i * BFloat16Vec::kLanes));
+      const Halves half = Halves{} + 0x8000;
+      all.a[i] = widen_a(half, bits) >> (32 - kDroppedBits);
+      all.b[i] = widen_b(half, bits) >> (32 - kDroppedBits);
+    }
+    return all;
+  }
+  // Those for the other code, of a block with which 32 elements' bits begin: what the one has for
+  // an element, the other has for the one 16 away.
+  FUSEDOPT_FN BlockBits for_other_code() const {
+    BlockBits all;
+    for (int i = 0; i < kInBlock; ++i) {
+#if defined(__AVX512F__)
+      all.a[i] = other_half(a[i]);
+      all.b[i] = other_half(b[i]);
+#else
+      all.a[i] = a[(i + kInBlock / 2) % kInBlock];
+      all.b[i] = b[(i + kInBlock / 2) % kInBlock];
+#endif
+    }
+    return all;
+  }
+};
+
 // The two factors of codec's are one here, as long as that is a normal number.
 template <class Code>
 constexpr int kLargestScale = 253 - Code::kBias;
 
-FUSEDOPT_FN Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-FUSEDOPT_FN Ints magnitude(Vec<float> x) { return bit_cast<Ints>(bits_of(x) & 0x7fffffff); }
+FUSEDOPT_FN Words larger(Words a, Words b) { return a > b ? a : b; }
+
+FUSEDOPT_FN Vec<float> all_lanes(int exponent) {  // a normal power of two
+  return floats_of(Words{} + (static_cast<uint32_t>(exponent + 127) << 23));
+}
 
 // A block in registers, or what a kernel is to keep of it.
 template <class Code>
@@ -90,19 +172,16 @@ struct Block {
   // False if it has NaN or too large a scale.
   FUSEDOPT_FN bool load(const uint8_t* codes, uint8_t scale) {
     const bool fits = scale <= kLargestScale<Code>;
-    const Vec<float> up =
-        Vec<float>{} + normal_power_of_two((fits ? scale : 0) - 127 + Code::kBias);
-    Halves nan{};
+    const Vec<float> up = all_lanes((fits ? scale : 0) - 127 + Code::kBias);
     for (int i = 0; i < kInBlock; ++i) {
       // The code's magnitude where a float has the upper digits of its own, and the sign.
       const Halves code = Code::kSigned ? load_signed_bytes(codes + i * BFloat16Vec::kLanes)
                                         : load_bytes(codes + i * BFloat16Vec::kLanes);
       const Halves upper = Code::kSigned ? code << 4 & 0x87f0 : Halves(code << 4);
-      nan |= bit_cast<Halves>((Code::kSigned ? code | 0xff80 : code | 0xff00) == 0xffff);
       lanes[i] = {floats_of(widen_a(Halves{}, upper)) * up,
                   floats_of(widen_b(Halves{}, upper)) * up};
     }
-    return fits && !any_lane(bit_cast<Ints>(nan));
+    return fits & !any_is_0xff(codes, Code::kSigned ? 0x80 : 0);
   }
 
   FUSEDOPT_FN static Block from_memory(const float* from) {
@@ -121,30 +200,31 @@ struct Block {
   }
 
   FUSEDOPT_FN uint32_t largest() const {
-    Ints most{};
+    // Without a sign, a number below zero is larger than all others, and rare.
+    constexpr uint32_t kMagnitude = Code::kSigned ? 0x7fffffff : 0xffffffff;
+    Words most{};
     for (const BFloat16Vec& x : lanes) {
-      most = larger(most, larger(magnitude(x.a), magnitude(x.b)));
+      const Words in_pair = larger(bits_of(x.a) & kMagnitude, bits_of(x.b) & kMagnitude);
+      most = &x == lanes ? in_pair : larger(most, in_pair);
     }
-    return static_cast<uint32_t>(largest_lane(most));
+    return largest_lane(most);
   }
   // For what largest() is; store() takes the others.
   FUSEDOPT_FN static bool is_rare(uint32_t largest) {
     return static_cast<int>(largest >> 23) > kLargestScale<Code> + Code::kHeadroom;
   }
 
-  FUSEDOPT_FN void store(uint32_t largest, const uint16_t* random, uint8_t* codes,
+  FUSEDOPT_FN void store(uint32_t largest, const BlockBits& random, uint8_t* codes,
                          uint8_t* scale) const {
-    *scale = static_cast<uint8_t>(scale_of<Code>(largest));
-    const Vec<float> down = Vec<float>{} + normal_power_of_two(127 - *scale - Code::kBias);
+    const int found = scale_of<Code>(largest);
+    *scale = static_cast<uint8_t>(found);
+    const Vec<float> down = all_lanes(127 - found - Code::kBias);
+    Halves shifted[kInBlock];
     for (int i = 0; i < kInBlock; ++i) {
-      const Halves bits = bits_for<Code>(load_halves(random + i * BFloat16Vec::kLanes));
-      const Halves half = Halves{} + 0x8000;
-      const auto round = [&](Vec<float> x, Words bits) { return bits_of(x * down) + (bits >> 12); };
-      const Halves upper = upper_halves(round(lanes[i].a, widen_a(half, bits)),
-                                        round(lanes[i].b, widen_b(half, bits)));
-      store_bytes(
-          Code::kSigned ? (upper >> 4 & 0x7f) | (upper >> 8 & 0x80) : Halves(upper >> 4 & 0xff),
-          codes + i * BFloat16Vec::kLanes);
+      const auto a = bit_cast<Ints>(bits_of(lanes[i].a * down) + random.a[i]);
+      const auto b = bit_cast<Ints>(bits_of(lanes[i].b * down) + random.b[i]);
+      shifted[i] = narrow_halves(a >> kDroppedBits, b >> kDroppedBits);
     }
+    Code::kSigned ? store_signed_codes(shifted, codes) : store_codes(shifted, codes);
   }
 };

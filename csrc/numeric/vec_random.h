@@ -57,12 +57,12 @@ FUSEDOPT_FN void store_random(Wide a, Wide b, uint16_t* to) {
 
 // The random bits of one key in one draw.
 struct RandomBits {
-  uint64_t keys[kPhiloxRounds];  // of each round; the others are the same for all
+  Wide keys[kPhiloxRounds];  // of each round; the others are the same for all
   uint32_t draw;
 
   RandomBits(uint32_t key, uint32_t draw) : draw(draw) {
-    for (uint64_t& each : keys) {
-      each = key;
+    for (Wide& each : keys) {
+      each = Wide{} + uint64_t{key};
       key += kPhiloxWeyl[0];
     }
   }
@@ -77,7 +77,7 @@ struct RandomBits {
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       const Wide a = multiply_lower_halves(x0, zero + kPhiloxMultipliers[0]);
       const Wide b = multiply_lower_halves(x2, zero + kPhiloxMultipliers[1]);
-      x0 = (b >> 32) ^ x1 ^ (zero + keys[round]);
+      x0 = (b >> 32) ^ x1 ^ keys[round];
       x1 = b;
       x2 = (a >> 32) ^ x3 ^ (zero + uint64_t{round * kPhiloxWeyl[1]});
       x3 = a;

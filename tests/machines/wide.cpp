@@ -44,6 +44,19 @@ FUSEDOPT_WIDE_FN __m512i unpackhi_epi16(__m512i a, __m512i b) {
 FUSEDOPT_WIDE_FN __m512i packs_epi32(__m512i a, __m512i b) {
   return in_halves(a, b, [](__m256i x, __m256i y) { return _mm256_packs_epi32(x, y); });
 }
+FUSEDOPT_WIDE_FN __m512i packus_epi32(__m512i a, __m512i b) {
+  return in_halves(a, b, [](__m256i x, __m256i y) { return _mm256_packus_epi32(x, y); });
+}
+FUSEDOPT_WIDE_FN __m512i shuffle_i64x2(__m512i a, __m512i b, int order) {
+  const __m512i both[] = {a, b};
+  __m512i to;
+  for (int i = 0; i < 4; ++i) {
+    const int from = (order >> 2 * i & 3) + i / 2 * 4;
+    std::memcpy(reinterpret_cast<char*>(&to) + 16 * i,
+                reinterpret_cast<const char*>(both) + 16 * from, 16);
+  }
+  return to;
+}
 
 FUSEDOPT_WIDE_FN __m512 decode_f16(__m256i from) {
   __m128i halves[2];
@@ -125,6 +138,8 @@ FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvecto
 #define _mm512_unpacklo_epi16(a, b) unpacklo_epi16(a, b)
 #define _mm512_unpackhi_epi16(a, b) unpackhi_epi16(a, b)
 #define _mm512_packs_epi32(a, b) packs_epi32(a, b)
+#define _mm512_packus_epi32(a, b) packus_epi32(a, b)
+#define _mm512_maskz_shuffle_i64x2(mask, a, b, order) shuffle_i64x2(a, b, order)
 #define _mm512_maskz_cvtepu8_epi16(mask, x) widen_bytes<uint8_t>(x)
 #define _mm512_maskz_cvtepi8_epi16(mask, x) widen_bytes<int8_t>(x)
 #define _mm512_maskz_cvtepi16_epi8(mask, x) narrow_halves(x)
