@@ -8,12 +8,14 @@
 
 // ---- an update ----------------------------------------------------------------------------------
 
-// Asks for a block of a stream, `ahead` of that at element `first`. (A number may point anywhere.)
-// Unrolled here and below, it costs a step in cache 6 % less.
-FUSEDOPT_FN void prefetch_block(uintptr_t ahead, int64_t first, int64_t size) {
+// Asks for as much of a stream as has its random bits made at once, `ahead` of that at element
+// `first`. (A number may point anywhere.) Unrolled here and below, it costs a step in cache 6 %
+// less, and block by block, a step out of cache 5 to 8 % more.
+FUSEDOPT_FN void prefetch_elements(uintptr_t ahead, int64_t first, int64_t size) {
   const uintptr_t from = ahead + static_cast<uintptr_t>(first * size);
 #pragma GCC unroll 16
-  for (uintptr_t at = 0; at < static_cast<uintptr_t>(kBlock * size); at += 64) prefetch(from + at);
+  for (uintptr_t at = 0; at < static_cast<uintptr_t>(kRandomTile * size); at += 64)
+    prefetch(from + at);
 }
 
 // Streams that are stored so: parameter, gradient, and states.
@@ -57,11 +59,11 @@ struct Mixture {
                      static_cast<uintptr_t>((kAhead - end) * kSizes[s]);
         }
       }
-#pragma GCC unroll 8
-      for (int s = 0; s <= kStreams; ++s) prefetch_block(ahead[s], at, kSizes[s]);
       const int64_t in_tile = (at - first) % kRandomTile;
-      if (kIsRandom && in_tile == 0) {
-        random_bits(static_cast<uint64_t>(offset + at) / kRandomBlock, random);
+      if (in_tile == 0) {
+#pragma GCC unroll 8
+        for (int s = 0; s <= kStreams; ++s) prefetch_elements(ahead[s], at, kSizes[s]);
+        if (kIsRandom) random_bits(static_cast<uint64_t>(offset + at) / kRandomBlock, random);
       }
       Held<kParamType> p;
       Held<kGradType> g;
