@@ -61,11 +61,11 @@ FUSEDOPT_FN Words widen_a(Halves low, Halves x) {
 FUSEDOPT_FN Words widen_b(Halves low, Halves x) {
   return bit_cast<Words>(widen_b(bit_cast<Bits>(low), bit_cast<Bits>(x)));
 }
-FUSEDOPT_FN Halves narrow_halves(Ints a, Ints b) {
+FUSEDOPT_FN Halves halves_of(Ints a, Ints b) {
   return bit_cast<Halves>(narrow(bit_cast<Bits>(a), bit_cast<Bits>(b)));
 }
 FUSEDOPT_FN Halves upper_halves(Words a, Words b) {
-  return narrow_halves(bit_cast<Ints>(a) >> 16, bit_cast<Ints>(b) >> 16);
+  return halves_of(bit_cast<Ints>(a) >> 16, bit_cast<Ints>(b) >> 16);
 }
 FUSEDOPT_FN Halves lower_halves(Words a, Words b) {
 #if defined(__AVX512F__)

@@ -223,7 +223,7 @@ struct Block {
     for (int i = 0; i < kInBlock; ++i) {
       const auto a = bit_cast<Ints>(bits_of(lanes[i].a * down) + random.a[i]);
       const auto b = bit_cast<Ints>(bits_of(lanes[i].b * down) + random.b[i]);
-      shifted[i] = narrow_halves(a >> kDroppedBits, b >> kDroppedBits);
+      shifted[i] = halves_of(a >> kDroppedBits, b >> kDroppedBits);
     }
     Code::kSigned ? store_signed_codes(shifted, codes) : store_codes(shifted, codes);
   }
