@@ -128,6 +128,7 @@ FUSEDOPT_WIDE_FN __m512d decode_f32(__m256 from) { return __builtin_convertvecto
 
 // Macros, because immintrin.h has functions of these names for AVX-512 alone.
 #undef _mm512_maskz_cvtps_ph
+#undef _mm512_maskz_shuffle_i64x2
 #define _mm512_maskz_sqrt_ps(mask, x) sqrt_each(x)
 #define _mm512_maskz_sqrt_pd(mask, x) sqrt_each(x)
 #define _mm512_maskz_min_ps(mask, a, b) min_each(a, b)
