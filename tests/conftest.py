@@ -9,6 +9,7 @@ import torch
 
 from fusedopt import _core, _engine
 from tests.helpers import slow_gather
+from tests.registry import NOT_FOR
 
 torch.set_warn_always(True)  # or a test would pass because an earlier one has used up a warning
 
@@ -36,7 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:fusedopt.* has no kernel for:UserWarning")
 
 
+def _is_for_its_optimizer(item: pytest.Item) -> bool:
+    case = getattr(getattr(item, "callspec", None), "params", {}).get("config")
+    name = getattr(item, "originalname", item.name)
+    return name not in NOT_FOR.get(getattr(case, "name", ""), {})
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = filter(_is_for_its_optimizer, items)
     if config.getoption("--device") == "cpu":
         return
     others = [item for item in items if item.get_closest_marker("cpu_only")]

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import _core, _engine
+from tests.muon.oracle import TorchMuonWithAuxAdam
 from tests.registry import CONFIGS, DTYPES, LAYOUTS, PLAIN_CONFIGS, Config
 
 ENGINES = {isa: _core.Engine(isa=isa) for isa in fusedopt.isas()}
@@ -119,6 +120,8 @@ class PlainLion(Optimizer):
 
 def oracle(config: Config) -> Callable[..., Optimizer]:
     """Torch's own implementation of the optimizer, one tensor and one operator at a time."""
+    if config.name == "MuonWithAuxAdam":
+        return TorchMuonWithAuxAdam
     if config.torch_cls is None:
         return PlainLion
     return lambda params, **kwargs: config.torch_cls(params, foreach=False, **kwargs)

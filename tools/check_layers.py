@@ -38,7 +38,7 @@ PYTHON: Floors = (
     ("_matrices",),
     ("_base",),
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
-    ("_pending", "clip"),
+    ("_momentum", "_pending", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
     ("_batches", "_engine", "_options", "_ranks", "_stored"),

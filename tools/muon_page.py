@@ -3,14 +3,16 @@
 ``python -m tools.muon_page`` takes some ten minutes on two cores, and writes docs/muon.json,
 docs/muon.png and a block of docs/muon.md; with ``--write`` it draws again what the first has.
 
-Both optimizers are tuned by the same search: the learning rates of RATES, with a seed of its own.
-All else is the same: weight decay, schedule, clipping, batches, start.
+Both optimizers are tuned by the same search, with a seed of its own: the learning rates of RATES,
+and further ones until the best of both is between others. All else is the same: weight decay,
+schedule, clipping, batches, start.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 from pathlib import Path
@@ -29,11 +31,14 @@ from tools.make_guide import rewrite
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, RESULTS, PICTURE = DOCS / "muon.md", DOCS / "muon.json", DOCS / "muon.png"
 
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)  # to begin with
 WEIGHT_DECAY, BETAS = 0.1, (0.9, 0.95)
 SEEDS, SEARCH_SEED = 4, 100
 STEPS, TESTS = 350, 35
 OPTIMIZERS = {"AdamW": "#1f77b4", "MuonWithAuxAdam": "#d62728"}
+
+
+Search = dict[str, dict[float, float]]  # of each optimizer: the last loss with a learning rate
 
 
 class Run(NamedTuple):
@@ -63,17 +68,36 @@ def train(run: Run) -> list[float]:
     return small_gpt.held_out_losses(model, optimizer, run.seed, STEPS, TESTS)
 
 
+def best_rate(losses: dict[float, float]) -> float:
+    return min(losses, key=lambda lr: math.inf if math.isnan(losses[lr]) else losses[lr])
+
+
+def rates_beyond(search: Search) -> set[float]:
+    """Return learning rates that are still to be tried: beside a best one that is at an edge."""
+    found: set[float] = set()
+    for losses in search.values():
+        best = best_rate(losses)
+        if best == max(losses):
+            found.add(2 * best)
+        if best == min(losses):
+            found.add(best / 2)
+    return found
+
+
 def measure(workers: int = 2) -> dict[str, Any]:
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
 
         def losses_of(runs: list[Run]) -> list[list[float]]:
             return list(tqdm(pool.imap(train, runs), total=len(runs), unit="run"))
 
-        tried = [Run(name, lr, SEARCH_SEED) for name in OPTIMIZERS for lr in RATES]
-        search: dict[str, dict[float, float]] = {name: {} for name in OPTIMIZERS}
-        for run, losses in zip(tried, losses_of(tried), strict=True):
-            search[run.optimizer][run.lr] = losses[-1]
-        best = {name: min(found, key=lambda lr: found[lr]) for name, found in search.items()}
+        search: Search = {name: {} for name in OPTIMIZERS}
+        rates: set[float] = set(RATES)
+        while rates:
+            tried = [Run(name, lr, SEARCH_SEED) for name in OPTIMIZERS for lr in sorted(rates)]
+            for run, losses in zip(tried, losses_of(tried), strict=True):
+                search[run.optimizer][run.lr] = losses[-1]
+            rates = rates_beyond(search)
+        best = {name: best_rate(found) for name, found in search.items()}
         runs = [Run(name, best[name], seed) for seed in range(SEEDS) for name in OPTIMIZERS]
         found: dict[str, list[list[float]]] = {name: [] for name in OPTIMIZERS}
         for run, losses in zip(runs, losses_of(runs), strict=True):
@@ -82,7 +106,7 @@ def measure(workers: int = 2) -> dict[str, Any]:
         "weights": small_gpt.weights(),
         "steps": STEPS,
         "torch": torch.__version__,
-        "search": {name: list(losses.items()) for name, losses in search.items()},
+        "search": {name: sorted(losses.items()) for name, losses in search.items()},
         "lr": best,
         "losses": found,  # of each seed, at equal distances
     }
@@ -111,6 +135,7 @@ def table(results: dict[str, Any]) -> list[str]:
         "|---|--:|--:|--:|",
     ]
     steps = results["steps"]
+    tried = ", ".join(f"{lr:g}" for lr, _ in results["search"]["AdamW"])
     for name in OPTIMIZERS:
         last = [losses[-1] for losses in results["losses"][name]]
         took = ", ".join(str(each or "not") for each in reached(results))
@@ -125,8 +150,8 @@ def table(results: dict[str, Any]) -> list[str]:
         f"[`examples/train_gpt.py`](../examples/train_gpt.py) with {results['weights']:,} weights, "
         f"{steps} steps, tested every {steps // len(results['losses'][name][0])}; "
         f"`weight_decay={WEIGHT_DECAY}, betas={BETAS}`, warm-up and cosine, clipped at "
-        f"{train_gpt.CLIP:g}; each tuned over lr {', '.join(f'{lr:g}' for lr in RATES)} with "
-        f"another seed; torch {results['torch']}.",
+        f"{train_gpt.CLIP:g}; each tuned over lr {tried} with another seed; "
+        f"torch {results['torch']}.",
     ]
     return lines
 
@@ -149,7 +174,10 @@ def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
     if (step := steps_to(list(mean), level, results["steps"])) is not None:
         right.axvline(step, color="#d62728", lw=0.8, ls="--")
     right.set_ylim(float(mean[-1]) - 0.05, float(mean[1]))
-    left.set(title="The search: last loss of one seed", xlabel="lr", xscale="log")
+    left.set_xscale("log")
+    left.set_xticks(rates, labels=[f"{lr:g}" for lr in rates])
+    left.minorticks_off()
+    left.set(title="The search: last loss of one seed", xlabel="lr")
     right.set(title="Held-out loss, each seed and their mean", xlabel="training step")
     left.set_ylabel("cross-entropy (nats per byte)")
     for axes in (left, right):

@@ -108,15 +108,12 @@ def alike(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 def chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
     """Yield some of a batch at a time, as far as memory goes.
 
-    A chunk takes itself, and what `orthogonalize_` needs: no more than two of all of them, unless
-    all are a single matrix, which takes four of its kind.
+    A chunk takes itself, and as much again to be made orthogonal.
     """
-    count = sum(matrix.stack for matrix in matrices)
-    most = CHUNK_BYTES if count >= 4 else 0
     chunk: list[Matrix] = []
     size = 0
     for matrix in matrices:
-        if chunk and size + matrix.bytes > most:
+        if chunk and size + matrix.bytes > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
         chunk.append(matrix)

@@ -47,6 +47,12 @@ def decide(groups: list[dict[str, Any]], scaling: Scaling) -> tuple[float | Tens
     return norm, Scaling(coefficient=factor_of(scaling, norm), skip=skip)
 
 
+def _inverse(scale: Any) -> float | Tensor:
+    """Return one over a loss scale; of one on a device, whatever its shape, without dimensions."""
+    inverse = 1.0 / _engine.number_or_device(scale)
+    return inverse.reshape(()) if isinstance(inverse, Tensor) else inverse
+
+
 class Clips(HasOptions):
     """Clipping, loss scales and skipped steps, for `fusedopt._base.Fused`."""
 
@@ -65,7 +71,7 @@ class Clips(HasOptions):
         norm, skips = given.get("max_grad_norm"), given.get("skip_nonfinite", False)
         scaling = Scaling.__new__(  # as the class does, which makes a dict of these first
             Scaling,
-            unscale=1.0 if scale is None else 1.0 / _engine.number_or_device(scale),
+            unscale=1.0 if scale is None else _inverse(scale),
             coefficient=pending.coefficient,
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=skips or self._scaler_asks,

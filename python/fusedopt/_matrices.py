@@ -14,21 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import _engine, _exchange
+from fusedopt import _engine, _exchange, _momentum
 from fusedopt._base import Fused
 from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
 from fusedopt._clipping import decide, factor_of
 from fusedopt._engine import Group, Rule, Scaling, number
 from fusedopt._exchange import Places
-from fusedopt._gradients import gradient_of, gradients
-from fusedopt._numeric import accumulate
+from fusedopt._gradients import gradients
+from fusedopt._momentum import BUFFER
 from fusedopt._operators import without_autocast
 from fusedopt._options import Option
 from fusedopt._orthogonal import Iteration, step_ratio
-from fusedopt._shards import local
-from fusedopt._stored import decoded
 
-BUFFER = "momentum_buffer"
 _MOMENTUM = Rule("muon_momentum", (), (BUFFER,), counts_steps=False)
 _STEP = Rule("muon_step", (), (), counts_steps=False)
 _SHAPE = "rows and columns"  # key of a group while its matrices move
@@ -182,7 +179,7 @@ class StepsMatrices(Fused):
         self, groups: list[dict[str, Any]], factor: float | Tensor, skip: Tensor | None
     ) -> None:
         def fill(places: Places) -> None:
-            self._fill(places, factor)
+            _momentum.fill(places, self.state, factor)
 
         def move(places: Places) -> None:
             self._move(places, skip)
@@ -209,26 +206,6 @@ class StepsMatrices(Fused):
             for p in group["params"]:
                 if p.grad is not None and p.numel() and p not in self._left:
                     yield Matrix(index, group, p, self._precision(p), *shape_of(p, batch_dims))
-
-    def _fill(self, places: Places, factor: float | Tensor) -> None:
-        """Put what is to be made orthogonal into these places."""
-        rows: dict[float, list[Any]] = {}
-        for matrix, place in places:
-            buffer = local(decoded(self.state[matrix.param], BUFFER))
-            if matrix.group["nesterov"]:
-                forget = 1 - number(matrix.group["momentum"])
-                rows.setdefault(forget, []).append((place, gradient_of(matrix.param), buffer))
-            else:
-                place.copy_(buffer)
-        for forget, some in rows.items():
-            others: Any = some
-            if not isinstance(factor, Tensor):
-                threads = torch.get_num_threads()
-                others = _engine.engine.apply("muon_nesterov", [factor, forget], some, threads)
-            for place, gradient, buffer in others:
-                wide = torch.promote_types(place.dtype, torch.float32)
-                g = gradient.to(wide) * factor * forget
-                place.copy_(accumulate(buffer.to(wide), g, forget))
 
     def _move(self, places: Places, skip: Tensor | None) -> None:
         """Move the parameters by what is in these places."""

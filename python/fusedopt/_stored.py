@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ MASTER = "master"  # the float32 that a float16 parameter is rounded from,
 ROUNDING = "rounding"  # and where its random bits are: key * 2**32 + number of the draw
 
 MXFP8 = "mxfp8"
+PARTS = 16
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # States that have no sign.
@@ -121,6 +123,19 @@ def decoded(state: dict[str, Any], name: str) -> Tensor:
     return as_part_of(
         value, _codecs.decode(local(value), local(state[scale_key(name)]), code_of(name))
     )
+
+
+def decoded_in_parts(state: dict[str, Any], name: str) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows at a time of what this process has of an 8-bit state, as numbers.
+
+    (To decode them takes many times as much memory as they do.)
+    """
+    check_codes(state, name)
+    codes, scale = local(state[name]), local(state[scale_key(name)])
+    count = max(1, len(codes) // PARTS)
+    for first in range(0, len(codes), count):
+        rows = slice(first, first + count)
+        yield rows, _codecs.decode(codes[rows], scale[rows], code_of(name))
 
 
 def as_numbers(state: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ PARTS = 2  # of a batch whose gradients are accumulated
 # How DDP and ZeRO keep their memory, and whether gradients are clipped.
 MODES = ("copies", "views", "clipped", "accumulated")
 # ZeroRedundancyOptimizer makes the optimizer from its class: no Lookahead.
-ZERO = [config.name for config in PLAIN_CONFIGS]
+# (It cuts groups itself, and those of MuonWithAuxAdam have to say use_muon.)
+ZERO = [config.name for config in PLAIN_CONFIGS if config.name != "MuonWithAuxAdam"]
 
 
 # ---- what the ranks do ---------------------------------------------------------------------------

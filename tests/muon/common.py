@@ -1,18 +1,13 @@
-"""What the tests of Muon share: shapes, options, and torch's Muon in another precision."""
+"""What the tests of Muon share: shapes, options, and who sees operators."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import values
@@ -37,44 +32,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"adjust_lr_fn": "match_rms_adamw", "lr": 3e-3},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-@contextmanager
-def torch_in(precision: torch.dtype) -> Iterator[None]:
-    """Let torch's Muon iterate in another precision than bfloat16: change its one cast.
-
-    (It divides what the cast returns in place. So that has to be a copy.)
-    """
-
-    def cast(x: Tensor) -> Tensor:
-        return x.to(precision, copy=True)
-
-    with mock.patch.object(torch.Tensor, "bfloat16", cast):
-        yield
-
-
-class TorchMuon(torch.optim.Muon):
-    """Torch's own Muon, iterating in float64, and with the newest torch's way to adjust the lr."""
-
-    def __init__(self, params: Any, adjust_lr_fn: str | None = None, **kwargs: Any) -> None:
-        unclamped = adjust_lr_fn == "spectral_unclamped"
-        if "lr" in kwargs:  # torch computes with a tensor in the tensor's precision
-            kwargs["lr"] = float(kwargs["lr"])
-        super().__init__(params, adjust_lr_fn=None if unclamped else adjust_lr_fn, **kwargs)
-        for group in self.param_groups:
-            group["adjust_lr_fn"] = adjust_lr_fn
-
-    def step(self, closure: Any = None) -> Any:
-        def adjust(lr: float, name: str | None, shape: Any) -> float:
-            if name == "spectral_unclamped":
-                return lr * (shape[0] / shape[1]) ** 0.5
-            return own(lr, name, shape)
-
-        own = _muon._adjust_lr
-        bare = inspect.unwrap(torch.optim.Muon.step)  # or hooks would fire twice
-        changed = mock.patch.object(_muon, "_adjust_lr", adjust)
-        with torch.no_grad(), torch_in(torch.float64), changed:
-            return bare(self, closure)
 
 
 def matrices(

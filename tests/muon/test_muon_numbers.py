@@ -13,7 +13,8 @@ import fusedopt
 from fusedopt._batches import matrix_reference
 from fusedopt._orthogonal import Iteration, step_ratio
 from tests.helpers import all_params, assert_same_state, assert_within, set_gradients, values
-from tests.muon.common import OPTIONS, SHAPES, TorchMuon, each_option, matrices, torch_in
+from tests.muon.common import OPTIONS, SHAPES, each_option, matrices
+from tests.muon.oracle import TorchMuon, torch_in
 
 STEPS = 6
 (INFO,) = (info for info in optim_db if info.name == "Muon")  # torch's own cases

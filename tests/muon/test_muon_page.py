@@ -36,6 +36,26 @@ def test_muon_reaches_the_loss_in_fewer_steps_with_every_seed() -> None:
     assert all(steps is not None and steps < RESULTS["steps"] for steps in took)
 
 
+def test_the_best_rates_of_the_search_are_between_others() -> None:
+    for name, search in RESULTS["search"].items():
+        losses = dict(search)
+        assert RESULTS["lr"][name] == muon_page.best_rate(losses)
+        assert min(losses) < RESULTS["lr"][name] < max(losses)
+    assert not muon_page.rates_beyond({k: dict(v) for k, v in RESULTS["search"].items()})
+
+
+def test_the_search_goes_on_beside_a_best_rate_at_an_edge() -> None:
+    nan = float("nan")
+    inside, upper, lower = (
+        {1.0: 3.0, 2.0: 2.0, 4.0: nan},
+        {1.0: 3.0, 2.0: 2.0},
+        {1.0: 2.0, 2.0: 3.0},
+    )
+    assert muon_page.rates_beyond({"a": inside}) == set()
+    assert muon_page.rates_beyond({"a": inside, "b": upper}) == {4.0}
+    assert muon_page.rates_beyond({"a": lower, "b": upper}) == {0.5, 4.0}
+
+
 def test_both_optimizers_of_the_tool_step_every_parameter() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 5))
     for name in muon_page.OPTIMIZERS:

@@ -20,7 +20,8 @@ from tests.helpers import (
     train,
     values,
 )
-from tests.muon.common import Sees, TorchMuon, matrices
+from tests.muon.common import Sees, matrices
+from tests.muon.oracle import TorchMuon
 
 OTHER_SHAPES: list[tuple[int, ...]] = [(5,), (), (3, 4), (0, 3), (2, 3, 4)]
 MUON: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.05, "momentum": 0.9}
