@@ -8,8 +8,8 @@ Times on a busy machine say little; valgrind counts the same instructions again 
 counted is all of `optimizer.step()` on 100 tensors of 16 elements: Python, gather and kernel, in
 the generic instruction set, since valgrind has no AVX-512. Also where each tensor is a param group
 of its own, where each step has new gradients from a backward pass, and, in a build for tests, on a
-device whose kernels do nothing. Python and torch are part of it, and their counts hold for one version of
-each: with others, the counts are printed without a verdict.
+device whose kernels do nothing. Python and torch are part of it, and their counts hold for one
+version of each: with others, the counts are printed without a verdict.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class ParamReader {
 
   // ---- the same of a usual one, without Python (usual.cpp)
   bool may_find_usual(const std::deque<Group>& groups);
-  double likely_t() const;        // the number of this step for the parameter with the oldest state
+  double likely_t() const;  // the number of this step for the parameter with the oldest state
   // Which of these are usual, as far as objects say, in the order of the parameters:
   void find_usual(Entry* begin, Entry* end);
   void find_gradients(Entry* begin, Entry* end) const;  // of usual ones; any thread may,
