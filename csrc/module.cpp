@@ -6,6 +6,7 @@
 #include "cuda/kernel.h"
 #include "engine/schedule.h"
 #include "step/interface.h"
+#include "step/known_groups.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
 #endif
@@ -15,11 +16,12 @@ using fusedopt::Engine;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The engine of fusedopt. Private: its interface may change in any release.";
+  py::class_<fusedopt::KnownGroups>(m, "KnownGroups").def(py::init<>());
   py::class_<Engine>(m, "Engine")
       .def(py::init<const std::string&, bool, const std::string&>(), py::arg("isa") = "",
            py::arg("fast_gather") = true, py::arg("device") = "cuda")
-      .def("step", &Engine::step, py::arg("state"), py::arg("groups"), py::arg("threads"),
-           py::arg("scaling"), py::arg("fallback"), py::arg("outside"))
+      .def("step", &Engine::step, py::arg("optimizer"), py::arg("known"), py::arg("groups"),
+           py::arg("threads"), py::arg("scaling"), py::arg("fallback"), py::arg("outside"))
       .def("norm", &Engine::norm, py::arg("tensors"), py::arg("order"), py::arg("threads"))
       .def("apply", &Engine::apply, py::arg("rule"), py::arg("scalars"), py::arg("rows"),
            py::arg("threads"))

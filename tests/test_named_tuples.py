@@ -10,7 +10,7 @@ import pytest
 from fusedopt._engine import Group, Scaling
 
 STEP = Path(__file__).parent.parent / "csrc" / "step"
-OTHER_NAMES = {"fold_in_step": "fold", "has_no_sign": "unsigned"}
+OTHER_NAMES = {"has_no_sign": "unsigned"}
 
 
 @pytest.mark.parametrize(("header", "tuples"), [("group.h", Group), ("asked.h", Scaling)])

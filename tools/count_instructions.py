@@ -6,9 +6,10 @@ The exit status is 1 if a step takes more than it may; --record makes what it ta
 
 Times on a busy machine say little; valgrind counts the same instructions again and again. What is
 counted is all of `optimizer.step()` on 100 tensors of 16 elements: Python, gather and kernel, in
-the generic instruction set, since valgrind has no AVX-512. In a build for tests, also on a device
-whose kernels do nothing. Python and torch are part of it, and their counts hold for one version of
-each: with others, the counts are printed without a verdict.
+the generic instruction set, since valgrind has no AVX-512. Also where each tensor is a param group
+of its own, where each step has new gradients from a backward pass, and, in a build for tests, on a
+device whose kernels do nothing. Python and torch are part of it, and their counts hold for one
+version of each: with others, the counts are printed without a verdict.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ REQUESTS = BUILD / "libcallgrind_requests.so"
 
 OPTIMIZERS = ("SGD", "AdamW", "Lion")
 ON_DEVICE = "AdamW_on_device"
+IN_GROUPS = "AdamW_in_groups"  # of one tensor each
+FRESH = "AdamW_fresh"  # gradients, from a backward pass
 TENSORS, ELEMENTS, STEPS = 100, 16, 10
 MARGIN = 0.05
 
@@ -44,6 +48,11 @@ def environment() -> dict[str, str]:
     return {"python": python, "torch": torch.__version__, "compiler": _core.compiler}
 
 
+def rows(emulated_device: bool) -> tuple[str, ...]:
+    """Return what is counted; the device is last, since it stays."""
+    return (*OPTIMIZERS, IN_GROUPS, FRESH, *([ON_DEVICE] if emulated_device else []))
+
+
 def step_under_valgrind() -> None:
     """Take the steps that are counted; runs under callgrind."""
     import torch  # noqa: PLC0415
@@ -53,20 +62,22 @@ def step_under_valgrind() -> None:
     from fusedopt.bench.rows import ARGUMENTS  # noqa: PLC0415
 
     callgrind = ctypes.CDLL(str(REQUESTS))
-    for row in (*OPTIMIZERS, *([ON_DEVICE] if _core.emulated_device else [])):
+    for row in rows(_core.emulated_device):
         name = row.partition("_")[0]
         if row == ON_DEVICE:
             _engine.engine = _core.Engine(device="idle")
         params = [torch.ones(ELEMENTS, requires_grad=True) for _ in range(TENSORS)]
-        for p in params:
-            p.grad = torch.ones(ELEMENTS)
-        optimizer = getattr(fusedopt, name)(params, **ARGUMENTS[name])
-        for _ in range(3):
+        groups = [{"params": [p]} for p in params] if row == IN_GROUPS else params
+        optimizer = getattr(fusedopt, name)(groups, **ARGUMENTS[name])
+        for step in range(-3, STEPS):
+            if step == -3 or row == FRESH:
+                optimizer.zero_grad()
+                torch.autograd.backward([(p * p).sum() for p in params])
+            if step >= 0:
+                callgrind.start()
             optimizer.step()
-        callgrind.start()
-        for _ in range(STEPS):
-            optimizer.step()
-        callgrind.stop(row.encode())
+            if step >= 0:
+                callgrind.stop(row.encode())
 
 
 def count() -> dict[str, int]:
@@ -88,14 +99,14 @@ def count() -> dict[str, int]:
     )
     if done.returncode != 0:
         sys.exit(f"valgrind failed:\n{done.stderr}")
-    counts: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for path in BUILD.glob("callgrind.out.*"):
         text = path.read_text()
         trigger = re.search(r"^desc: Trigger: Client Request: (\w+)$", text, re.MULTILINE)
         total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
         if trigger and total:
-            counts[trigger[1]] = round(int(total[1]) / STEPS / TENSORS)
-    return {row: counts[row] for row in (*OPTIMIZERS, ON_DEVICE) if row in counts}
+            totals[trigger[1]] += int(total[1])
+    return {row: round(totals[row] / STEPS / TENSORS) for row in rows(ON_DEVICE in totals)}
 
 
 def main() -> int:

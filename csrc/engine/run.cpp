@@ -213,20 +213,20 @@ static void updates(const Schedule& schedule, int thread, Taken* taken, double f
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads) {
   Schedule schedule;
   schedule.make(jobs, threads, Schedule::kNorm);
-  std::vector<double> blocks(static_cast<size_t>(schedule.blocks()));
-  Taken taken = schedule.none_taken();
+  std::vector<double>* const sums = schedule.sums_of_blocks();
+  Taken* const taken = schedule.none_taken(Schedule::kNorm);
   in_parallel(schedule.threads(), [&](int thread, int) {
-    norms(schedule, thread, &taken, kernels.norms[static_cast<int>(norm)], blocks.data());
+    norms(schedule, thread, taken, kernels.norms[static_cast<int>(norm)], sums->data());
   });
-  return join_all(norm, blocks);
+  return join_all(norm, *sums);
 }
 
 static void run_updates(const std::vector<Job>& jobs, int threads, double factor,
                         Schedule* schedule) {
   schedule->make(jobs, threads, Schedule::kUpdates);
-  Taken taken = schedule->none_taken();
+  Taken* const taken = schedule->none_taken(Schedule::kUpdates);
   in_parallel(schedule->threads(),
-              [&](int thread, int) { updates(*schedule, thread, &taken, factor); });
+              [&](int thread, int) { updates(*schedule, thread, taken, factor); });
 }
 
 void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
@@ -242,13 +242,14 @@ Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
     return {0, factor, false};
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
-  std::vector<double> blocks(static_cast<size_t>(schedule->blocks()));
-  Taken read = schedule->none_taken(), updated = schedule->none_taken();
+  std::vector<double>* const sums = schedule->sums_of_blocks();
+  Taken* const read = schedule->none_taken(Schedule::kNorm);
+  Taken* const updated = schedule->none_taken(Schedule::kUpdates);
   Verdict verdict{};
   in_parallel(schedule->threads(), [&](int thread, int) {
-    norms(*schedule, thread, &read, kernels.norms[static_cast<int>(Norm::two)], blocks.data());
-    together([&] { verdict = decide(scaling, join_all(Norm::two, blocks)); });
-    if (!verdict.skipped) updates(*schedule, thread, &updated, verdict.factor);
+    norms(*schedule, thread, read, kernels.norms[static_cast<int>(Norm::two)], sums->data());
+    together([&] { verdict = decide(scaling, join_all(Norm::two, *sums)); });
+    if (!verdict.skipped) updates(*schedule, thread, updated, verdict.factor);
   });
   return verdict;
 }

@@ -68,4 +68,13 @@ void Schedule::cut(const std::vector<Job>& jobs) {
   batches_.push_back(pieces_.size());
 }
 
+std::vector<Schedule::Taken>* Schedule::none_taken(Work pass) {
+  std::vector<Taken>* const taken = &taken_[pass];
+  if (taken->size() != static_cast<size_t>(shares_)) {
+    *taken = std::vector<Taken>(static_cast<size_t>(shares_));
+  }
+  for (Taken& of_share : *taken) of_share.batches = 0;
+  return taken;
+}
+
 }  // namespace fusedopt

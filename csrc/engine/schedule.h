@@ -45,7 +45,6 @@ class Schedule {
   // Whether updates go from the last piece of a share to the first, so that they begin with the
   // gradients that the norm has just read.
   bool backwards() const { return backwards_; }
-  int64_t blocks() const { return blocks_; }  // of a norm, over all pieces
   int64_t bytes() const { return bytes_; }    // of all streams of all jobs
 
   const std::vector<Piece>& pieces() const { return pieces_; }
@@ -54,7 +53,13 @@ class Schedule {
   struct alignas(64) Taken {
     std::atomic<size_t> batches{0};
   };
-  std::vector<Taken> none_taken() const { return std::vector<Taken>(static_cast<size_t>(shares_)); }
+  // All 0, for a pass that is kNorm or kUpdates.
+  std::vector<Taken>* none_taken(Work pass);
+  // Of a norm, one for each block.
+  std::vector<double>* sums_of_blocks() {
+    sums_.resize(static_cast<size_t>(blocks_));
+    return &sums_;
+  }
 
   // Calls f(begin, end) for batches of pieces that no thread has taken yet, until there are none:
   // those of each share from the first to the last, or backwards.
@@ -87,6 +92,10 @@ class Schedule {
   std::vector<size_t> batches_, shares_begin_;
   int64_t blocks_ = 0, bytes_ = 0;
   Overlaps overlaps_;
+  // Kept for their memory: to find new one, malloc would first go through all that a backward pass
+  // has freed, which takes as long as a fifth of a step on many small tensors.
+  std::vector<Taken> taken_[2];
+  std::vector<double> sums_;
 };
 
 }  // namespace fusedopt

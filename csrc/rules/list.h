@@ -3,7 +3,8 @@
 // Each is an aggregate of scalars of type T, in the order that the optimizer's _scalars() in Python
 // returns them, and is applied as rule(p, g, state): p, g and the kStates states are lanes in
 // compute precision. fold(lr, t) sets those that depend on the learning rate and on the number of
-// the step, in double, as _scalars() does: for a device that knows both before the host does.
+// the step, in double, as _scalars() does: for a device that knows both before the host does, and
+// on the host for a group that Python has been asked about.
 // Included inside a back end's namespace.
 #pragma once
 

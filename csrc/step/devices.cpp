@@ -121,7 +121,7 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
     }
     clock.step = entry.count.device == device ? static_cast<float*>(entry.count.data) : nullptr;
     clock.t = entry.t;
-    const Rule& rule = entry.folded->rule;
+    const Rule& rule = entry.group->kernel;
     updates.push_back({static_cast<int>(&rule - kernels_.rules), rule.scalars, &memory_.jobs[i],
                        memory_.jobs[i].grad_scale * factor, clock, rounding_of(entry)});
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,23 +11,31 @@
 
 namespace fusedopt {
 
-// What a group does in one step number: a variant of its rule, with scalars.
+// A rule's scalars for one learning rate in one step number.
 struct Folded {
-  double t;
-  const Rule& rule;
+  double lr, t;
   std::vector<double> scalars;
 };
 
-// fusedopt._engine.Group, read once a step.
-class Group {
+// Sets those scalars that depend on the learning rate or on the step number, as the rule says that
+// has this number. False where Python would make that an error: division by zero, say.
+bool fold_rule(int rule, double lr, double t, std::vector<double>* scalars);
+
+// What is known of the scalars of groups with equal settings, from step to step.
+struct KnownScalars {
+  std::vector<double> first, later;    // what Python has said: of t = 1, and of any later step
+  std::shared_ptr<const Folded> last;  // what was folded last
+};
+
+// fusedopt._engine.Group: what all groups ask for whose values are the same, but for parameters and
+// learning rates.
+class Settings {
   Fields fields_;
 
  public:
-  Group(py::handle source, int number, bool is_only, const Kernels& kernels);
+  Settings(const py::tuple& source, const Kernels& kernels);
 
   // In the order of its fields:
-  const py::tuple params{fields_.next<py::object>()};  // a copy: Python code may change the list
-  const py::object names = fields_.next<py::object>();
   const bool has_kernel = fields_.next<bool>();
   const std::string rule = fields_.next<std::string>();
   const int flags = fields_.next<int>();
@@ -38,45 +47,70 @@ class Group {
   const bool counts_on_device = fields_.next<bool>();  // where the parameters are
   const bool starts_unlike = fields_.next<bool>();     // a first step is not from zeros
   const double grad_scale = fields_.next<double>();
-  const py::object lr = fields_.next<py::object>();  // a number, or a tensor on their device
-  const py::object fold_in_step = fields_.next<py::object>();
-  const py::object create_state = fields_.next<py::object>();
-  const py::object move_count = fields_.next<py::object>();
   const py::tuple has_no_sign = fields_.next<py::tuple>();  // each of the rule's states, or not
   const bool has_master = fields_.next<bool>();        // 16-bit parameters have a second array,
   const bool rounds_at_random = fields_.next<bool>();  // or else are rounded at random
   const bool may_be_coded = fields_.next<bool>();      // states may be in 8 bits
-  const py::object first_element = fields_.next<py::object>();
 
-  const int number;    // among the groups of this step,
-  const bool is_only;  // of which there may be no other
+  const int rule_number;
   // Whether streams may need more than one tensor each.
   const bool in_parts = has_master || rounds_at_random || may_be_coded;
   const size_t rule_states = states.size() - has_slow;
   const bool has_state = counts_steps || states.size() != 0 || in_parts;
 
-  bool has_number_as_lr() const { return PyFloat_Check(lr.ptr()); }
   bool moves_slow() const { return has_slow && alpha != 0; }
-  PyObject* param(Py_ssize_t index) const { return PyTuple_GET_ITEM(params.ptr(), index); }
   py::handle state(size_t s) const {  // its key
     return PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(s));
   }
+
+ protected:
+  const std::shared_ptr<KnownScalars> known_ = std::make_shared<KnownScalars>();
+};
+
+// A param group in one step.
+class Group : public Settings {
+ public:
+  // The optimizer outlives this.
+  Group(const Settings& settings, py::handle optimizer, const py::dict& source, int number,
+        bool is_only, const Kernels& kernels);
+
+  const Rule& kernel;
+  const int number;     // among the groups of this step,
+  const bool is_only;   // of which there may be no other
+  const py::object lr;  // a number, or a tensor on the device of the parameters
+
+  // Its parameters: what Python code may change at any time.
+  Py_ssize_t size() const { return PySequence_Fast_GET_SIZE(params_.ptr()); }
+  PyObject* param(Py_ssize_t index) const { return PySequence_Fast_GET_ITEM(params_.ptr(), index); }
+  std::string name(Py_ssize_t index) const;  // empty if it has none
+
+  bool has_number_as_lr() const { return PyFloat_Check(lr.ptr()); }
   PyObject* scale_key(size_t s);  // of that state's scales, if it is in 8 bits; interned
 
-  // What it does in step t. Asks Python, but for the first t and the last one that it was asked of.
+  // What it does in step t.
   const Folded* fold(double t);
-  // Asks for the t of most parameters before any is read, while nothing has to be held yet,
+  // Folds for the t of most parameters before any is read, while nothing has to be held yet,
   void expect(double t);
   // so that threads find it without Python; null for any other t.
   const Folded* expected(double t) const {
-    return !folded_.empty() && folded_.front().t == t ? &folded_.front() : nullptr;
+    return !folded_.empty() && folded_.front()->t == t ? folded_.front().get() : nullptr;
   }
-  double expected_t() const { return folded_.empty() ? 1 : folded_.front().t; }
+  double expected_t() const { return folded_.empty() ? 1 : folded_.front()->t; }
+
+  // What its optimizer does for it.
+  void create_state(PyObject* param) const;
+  void move_count(PyObject* param, const py::object& steps, bool to_device) const;
+  int64_t first_element(PyObject* param) const;  // of what this process has of a DTensor
 
  private:
-  const Kernels& kernels_;
+  std::vector<double> ask(double t) const;
+  std::vector<double> scalars(double t) const;
+
+  const py::handle optimizer_;
+  const py::dict source_;
+  const py::object params_;
   PyObject* scale_keys_[kMaxStates] = {};  // as far as they were asked for
-  std::list<Folded> folded_;
+  std::vector<std::shared_ptr<const Folded>> folded_;
 };
 
 }  // namespace fusedopt

@@ -6,6 +6,7 @@
 #include "cuda/kernel.h"
 #include "engine/run.h"
 #include "step/device_queue.h"
+#include "step/known_groups.h"
 #include "step/plan.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
@@ -71,11 +72,13 @@ static bool is_to_skip(const AskedScaling& asked) {
   return !asked.skip.is_none() && wait_for(asked.skip) != 0;
 }
 
-py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int threads,
-                       const py::tuple& scaling_source, const py::object& fallback,
+py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py::sequence& sources,
+                       int threads, const py::tuple& scaling_source, const py::object& fallback,
                        const py::object& outside) const {
   const AskedScaling asked(scaling_source);
-  StepPlan plan(kernels_, reader_, state, groups, asked.may_skip(), spare_.get());
+  const auto state = py::cast<py::dict>(optimizer.attr("state"));
+  std::deque<Group> groups = known->read(optimizer, sources, kernels_);
+  StepPlan plan(kernels_, reader_, state, &groups, asked.may_skip(), spare_.get());
   plan.collect(threads);
   const ParamReader& params = plan.params();
   if (params.uses_devices() || asked.has_tensors() || takes_long(plan)) plan.hold();
@@ -83,7 +86,7 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   const bool in_parts = params.uses_devices() || plan.lacks_states() || !plan.later().empty() ||
                         !params.unsupported().empty() || !params.outside().empty();
   if (in_parts || is_to_skip(asked)) {
-    return step_in_parts(&plan, state, groups, asked, threads, fallback, outside);
+    return step_in_parts(&plan, state, &groups, asked, threads, fallback, outside);
   }
 
   const Scaling scaling = read_scaling(asked);
@@ -98,9 +101,8 @@ py::tuple Engine::step(const py::dict& state, const py::sequence& groups, int th
   return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
-void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
-                        const py::sequence& groups, bool may_skip, DeviceQueues* queues,
-                        int threads, double factor) const {
+void Engine::step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
+                        bool may_skip, DeviceQueues* queues, int threads, double factor) const {
   while (!later.empty()) {
     StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
     plan.collect_again(later);
@@ -110,7 +112,7 @@ void Engine::step_later(std::vector<Repeat> later, const py::dict& state,
   }
 }
 
-py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::deque<Group>* groups,
                                 const AskedScaling& asked, int threads, const py::object& fallback,
                                 const py::object& outside) const {
   DeviceQueues queues;

@@ -13,6 +13,8 @@ namespace fusedopt {
 
 class AskedScaling;
 class DeviceQueue;
+class Group;
+class KnownGroups;
 class StepPlan;
 struct Repeat;
 struct PlanMemory;
@@ -26,14 +28,14 @@ class Engine {
   ~Engine();
 
   // Steps every parameter that has a gradient, and returns (norm, skipped): numbers, or tensors on
-  // a device that nobody has waited for. `groups` are fusedopt._engine.Group, `scaling` is a
-  // fusedopt._engine.Scaling, `state` is the optimizer's.
+  // a device that nobody has waited for. `groups` are param groups, `known` is what the last step
+  // of this optimizer found of them, and `scaling` is a fusedopt._engine.Scaling.
   //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
   //     their gradients times factor;
   //   outside(gradients) returns the sum of squares of gradients that need Python for it.
   // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
-  py::tuple step(const py::dict& state, const py::sequence& groups, int threads,
-                 const py::tuple& scaling, const py::object& fallback,
+  py::tuple step(const py::object& optimizer, KnownGroups* known, const py::sequence& groups,
+                 int threads, const py::tuple& scaling, const py::object& fallback,
                  const py::object& outside) const;
 
   // What the norm of order 1, 2 or infinity adds up over the tensors on the CPU; what it adds up
@@ -61,14 +63,14 @@ class Engine {
  private:
   // A step that is not one parallel region on the CPU: the verdict comes first, here or on devices,
   // and then all updates have only a factor.
-  py::tuple step_in_parts(StepPlan* plan, const py::dict& state, const py::sequence& groups,
+  py::tuple step_in_parts(StepPlan* plan, const py::dict& state, std::deque<Group>* groups,
                           const AskedScaling& asked, int threads, const py::object& fallback,
                           const py::object& outside) const;
   // What is left once the factor of the gradients is known, here or there.
   void update_parts(StepPlan* plan, std::deque<DeviceQueue>* queues, int threads,
                     double factor) const;
   // Steps what a plan has set aside, which is to find what it has left.
-  void step_later(std::vector<Repeat> later, const py::dict& state, const py::sequence& groups,
+  void step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
                   bool may_skip, std::deque<DeviceQueue>* queues, int threads, double factor) const;
 
   const Kernels& kernels_;

@@ -78,6 +78,14 @@ bool any_come_close(const View* views, int count) {
   return false;
 }
 
+bool gradient_comes_close(const View* views, int count) {
+  const View& grad = views[kGrad];
+  const char* const end = end_of(grad);
+  return std::any_of(views, views + count, [&](const View& view) {
+    return &view != &grad && view.data < end && grad.data < end_of(view);
+  });
+}
+
 bool overlap(const View& a, const View& b) {
   if (!come_close(a, b)) return false;
   if (a.contiguous && b.contiguous) return true;
@@ -215,10 +223,12 @@ bool walks(const Job& job, const View* views, int count) {
   if (job.layout || job.then || job.numel != views[kParam].numel || job.stream_count != count) {
     return false;
   }
-  const auto same = [](const View& view, const Stream& stream) {
-    return view.data == stream.data && view.dtype == stream.dtype && view.second == stream.second;
-  };
-  return std::equal(views, views + count, job.streams, same);
+  for (int s = 0; s < count; ++s) {
+    const Stream& stream = job.streams[s];
+    if (views[s].dtype != stream.dtype || views[s].second != stream.second) return false;
+    if (s != kGrad && views[s].data != stream.data) return false;
+  }
+  return true;
 }
 
 }  // namespace fusedopt

@@ -18,6 +18,7 @@ inline bool overlaps_itself(const View& view) {
 
 // Whether two of them may overlap, by their first and last bytes.
 bool any_come_close(const View* views, int count);
+bool gradient_comes_close(const View* views, int count);  // to another
 // Whether two views share memory.
 bool overlap(const View& a, const View& b);
 // Whether two views of one shape come close otherwise than element by element.
@@ -55,7 +56,7 @@ inline Fault fault_of(const View& param, const View& view) {
                                      : Fault::none;
 }
 
-// Whether a job walks these arrays, and nothing else.
+// Whether a job walks these arrays, but for the place of the gradient, and nothing else.
 bool walks(const Job& job, const View* views, int count);
 
 }  // namespace fusedopt

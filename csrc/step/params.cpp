@@ -26,10 +26,8 @@ std::string type_text(PyObject* object) {
 
 std::string Entry::name(const std::string& what) const {
   std::string text = what + (what.empty() ? "" : " of ") + "params[" + std::to_string(index) + "]";
-  const py::object& names = group->names;
-  if (!names.is_none() && index < static_cast<Py_ssize_t>(py::len(names))) {
-    text += " ('" + py::cast<std::string>(names[py::int_(index)]) + "')";
-  }
+  const std::string name = group->name(index);
+  if (!name.empty()) text += " ('" + name + "')";
   if (!group->is_only) text += " of group " + std::to_string(group->number);
   return text;
 }

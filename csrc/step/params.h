@@ -21,7 +21,8 @@ struct Parts {
 
 // One parameter; once it has been read, one that has a gradient and a kernel.
 struct Entry {
-  Entry(Group* group, Py_ssize_t index) : group(group), index(index), param(group->param(index)) {}
+  Entry(Group* group, Py_ssize_t index, PyObject* param)
+      : group(group), index(index), param(param) {}
 
   // For a message. For example: exp_avg of params[3] ('layer.weight') of group 1
   std::string name(const std::string& what) const;
@@ -94,9 +95,10 @@ class ParamReader {
   View read_held(const py::object& tensor);  // any other that a step needs
 
   // ---- the same of a usual one, without Python (usual.cpp)
-  bool may_find_usual(const std::deque<Group>& groups, size_t count);
-  double likely_t() const;        // the number of this step for the parameter with the oldest state
-  bool find_usual(Entry* entry);  // in the order of the parameters
+  bool may_find_usual(const std::deque<Group>& groups);
+  double likely_t() const;  // the number of this step for the parameter with the oldest state
+  // Which of these are usual, as far as objects say, in the order of the parameters:
+  void find_usual(Entry* begin, Entry* end);
   void find_gradients(Entry* begin, Entry* end) const;  // of usual ones; any thread may,
   bool read_usual(Entry* entry, View* views);           // and then read them
 
@@ -127,6 +129,8 @@ class ParamReader {
   static bool are_arrays(const View* views, int states);
   void read_step(Entry* entry, Py_ssize_t* cursor);
   void read_parts(Entry* entry, View* views, Py_ssize_t* cursor);
+  bool find_tensors(Entry* entry);
+  bool find_records(Entry* entry);
   bool find_usual_parts(Entry* entry, Py_ssize_t* cursor);
   bool read_usual_parts(Entry* entry, View* views) const;
   bool read_usual_count(Entry* entry) const;

@@ -89,7 +89,7 @@ void ParamReader::read_parts(Entry* entry, View* views, Py_ssize_t* cursor) {
   }
   if (rounds_at_random(group, param)) set_random(&param);
   if (param.is_local_part) {
-    entry->parts->first_element = py::cast<int64_t>(group.first_element(py::handle(entry->param)));
+    entry->parts->first_element = group.first_element(entry->param);
   }
 }
 

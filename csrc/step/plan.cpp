@@ -11,12 +11,8 @@
 namespace fusedopt {
 
 StepPlan::StepPlan(const Kernels& kernels, const TensorReader& tensors, const py::dict& state,
-                   const py::sequence& groups, bool may_skip, PlanMemory* spare)
-    : kernels_(kernels), spare_(spare), params_(tensors, state, may_skip) {
-  const bool is_only = groups.size() == 1;
-  for (const py::handle group : groups) {
-    groups_.emplace_back(group, static_cast<int>(groups_.size()), is_only, kernels);
-  }
+                   std::deque<Group>* groups, bool may_skip, PlanMemory* spare)
+    : kernels_(kernels), spare_(spare), params_(tensors, state, may_skip), groups_(*groups) {
   std::swap(memory_, *spare);
 }
 
@@ -36,8 +32,8 @@ void StepPlan::collect_again(const std::vector<Repeat>& repeats) {
   memory_.schedule.fits = false;
   forget_devices();
   for (const Repeat& repeat : repeats) {
-    Group* const group = &groups_[static_cast<size_t>(repeat.group)];
-    memory_.entries.emplace_back(group, repeat.index).repeats_first = repeat.repeats_first;
+    Entry& entry = memory_.entries.emplace_back(repeat.group, repeat.index, repeat.param);
+    entry.repeats_first = repeat.repeats_first;
   }
   memory_.jobs.resize(memory_.entries.size());
   collect_others();
@@ -47,27 +43,28 @@ void StepPlan::collect_usual(int threads) {
   // With fewer parameters a thread, waking all takes longer than they save. (Waking some would make
   // OpenMP's runtime end the others.)
   constexpr size_t kManyOfThread = 64;
-  size_t count = 0;
-  for (const Group& group : groups_) count += group.params.size();
-  memory_.entries.reserve(count);
-  const bool as_many = memory_.jobs.size() == count;
-  const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
-  memory_.jobs.resize(count);
-  const bool look = params_.may_find_usual(groups_, count);
+  const bool look = params_.may_find_usual(groups_);
   if (look) {
     const double t = params_.likely_t();
     for (Group& group : groups_) group.expect(t);
   }
+  size_t count = 0;
+  for (const Group& group : groups_) count += static_cast<size_t>(group.size());
+  memory_.entries.reserve(count);
+  const bool as_many = memory_.jobs.size() == count;
+  const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
+  memory_.jobs.resize(count);
 
   std::atomic<size_t> ready{0}, unmoved{0};
   auto group = groups_.begin();
   Py_ssize_t index = 0;
   const auto find = [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i, ++index) {
-      for (; index == static_cast<Py_ssize_t>(group->params.size()); ++group) index = 0;
-      Entry& entry = memory_.entries.emplace_back(&*group, index);
-      entry.usual = look && params_.find_usual(&entry);
+      for (; index == group->size(); ++group) index = 0;
+      memory_.entries.emplace_back(&*group, index, group->param(index)).usual = look;
     }
+    Entry* const entries = memory_.entries.data();
+    params_.find_usual(entries + begin, entries + end);
   };
   const auto read = [&](size_t begin, size_t end) {
     Entry* const entries = memory_.entries.data();
@@ -80,12 +77,15 @@ void StepPlan::collect_usual(int threads) {
       entry.usual = entry.usual && params_.read_usual(&entry, views);
       if (!entry.usual) continue;
       const int streams = kFirstState + static_cast<int>(entry.group->rule_states);
-      const bool same = walks(*job, views, streams);
+      const bool stays = walks(*job, views, streams);
+      const bool same = stays && job->streams[kGrad].data == views[kGrad].data;
       // What lies where it did in the last step lies apart, as it did.
-      entry.usual = same || !any_come_close(views, streams);
+      entry.usual =
+          same || !(stays ? gradient_comes_close(views, streams) : any_come_close(views, streams));
       if (!entry.usual) continue;
       entry.folded = entry.group->expected(entry.t);
-      if (same) {
+      if (stays) {
+        job->streams[kGrad].data = views[kGrad].data;
         set_rule_and_more(entry, views, job);
       } else {
         set_job(entry, views, job);
@@ -167,7 +167,7 @@ void StepPlan::set_repeats_aside() {
       return true;
     }
     group->fold(entry->t + 1);  // what this refuses, it refuses before anything has changed
-    later_.push_back({group->number, entry->index,
+    later_.push_back({group, entry->index, entry->param,
                       entry->is_new && !is_first && before->second == group, entry->device,
                       entry->sums_elsewhere ? Job{} : *job, entry->norm_item});
     return false;
@@ -191,7 +191,7 @@ void StepPlan::fold_scalars() {
                             ", but the parameter is on cpu; pass a number, or a tensor on cpu");
     }
     entry.folded = group.fold(entry.t);
-    set_rule(entry.folded->rule, entry.folded->scalars.data(), &memory_.jobs[i]);
+    set_rule(group.kernel, entry.folded->scalars.data(), &memory_.jobs[i]);
   }
 }
 
@@ -225,7 +225,7 @@ void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
 // What a job has beside its streams.
 void StepPlan::set_rule_and_more(const Entry& entry, const View* views, Job* job) {
   const Group& group = *entry.group;
-  if (entry.folded) set_rule(entry.folded->rule, entry.folded->scalars.data(), job);
+  if (entry.folded) set_rule(group.kernel, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
   if (entry.rounding()) job->origin = origin_of(entry, views[kParam]);
   if (!group.moves_slow()) return;

@@ -10,8 +10,9 @@ namespace fusedopt {
 
 // A parameter that is listed, or counted, a second time: where, and what it adds to a norm.
 struct Repeat {
-  int group;
+  Group* group;
   Py_ssize_t index;
+  PyObject* param;
   bool repeats_first;  // step of the same group: torch looks for states before it steps a group
   int device;
   Job norm_job;              // on the CPU; of no elements if that adds nothing
@@ -50,7 +51,7 @@ class StepPlan {
  public:
   // may_skip: see ParamReader.
   StepPlan(const Kernels& kernels, const TensorReader& tensors, const py::dict& state,
-           const py::sequence& groups, bool may_skip, PlanMemory* spare);
+           std::deque<Group>* groups, bool may_skip, PlanMemory* spare);
   ~StepPlan();
 
   // ---- what may fail, and changes nothing
@@ -101,7 +102,7 @@ class StepPlan {
   const Kernels& kernels_;
   PlanMemory* const spare_;
   ParamReader params_;
-  std::deque<Group> groups_;
+  std::deque<Group>& groups_;
   PlanMemory memory_;
   std::vector<Repeat> later_;
   std::map<int, size_t> places_;  // how many parameters are on each; empty while nobody has asked

@@ -153,7 +153,7 @@ void ParamReader::move_count(Entry* entry) {
   if (PyDict_GetItem(entry->state, step_key()) == entry->step) {  // listed for the first time
     const py::object steps =
         entry->device_counts ? py::object(py::none()) : py::float_(entry->t - 1);
-    entry->group->move_count(py::handle(entry->param), steps, on_device);
+    entry->group->move_count(entry->param, steps, on_device);
   }
   entry->step = PyDict_GetItem(entry->state, step_key());
   held_.push_back(py::reinterpret_borrow<py::object>(entry->step));
@@ -162,7 +162,7 @@ void ParamReader::move_count(Entry* entry) {
 }
 
 void ParamReader::create_states(Entry* entry, View* views) {
-  entry->group->create_state(py::handle(entry->param));
+  entry->group->create_state(entry->param);
   const bool readable = tensors_.read(entry->param, &views[kParam], &held_) &&
                         tensors_.read(entry->grad, &views[kGrad], &held_);
   if (readable) read_states(entry, views);

@@ -16,14 +16,13 @@
 namespace fusedopt {
 
 // They are few where no group begins with one.
-bool ParamReader::may_find_usual(const std::deque<Group>& groups, size_t count) {
+bool ParamReader::may_find_usual(const std::deque<Group>& groups) {
   return tensors_.fast() && std::any_of(groups.begin(), groups.end(), [&](const Group& group) {
-           if (group.params.empty()) return false;
+           if (group.size() == 0) return false;
            View view;
            const bool readable =
                tensors_.is_plain(group.param(0)) && tensors_.read(group.param(0), &view, &held_);
            holds_states_ = readable && view.device != kHost;
-           if (holds_states_) held_.reserve(count * (1 + group.states.size()));
            return readable;
          });
 }
@@ -41,20 +40,43 @@ double ParamReader::likely_t() const {
 
 // ---- finding and reading ------------------------------------------------------------------------
 
-bool ParamReader::find_usual(Entry* entry) {
+// Each of these passes reads what the one before has asked for.
+void ParamReader::find_usual(Entry* begin, Entry* end) {
+  const auto for_usual = [&](auto f) {
+    for (Entry* entry = begin; entry != end; ++entry) entry->usual = entry->usual && f(entry);
+  };
+  for_usual([&](Entry* entry) {
+    __builtin_prefetch(entry->param);
+    if (entry->group->has_state) {
+      entry->state = find_next(state_.ptr(), entry->param, &cursor_);
+      __builtin_prefetch(entry->state);
+    }
+    return entry->group->has_kernel && !entry->group->moves_slow();
+  });
+  for_usual([&](Entry* entry) {
+    if (!entry->group->has_state) return true;
+    if (!entry->state || !PyDict_Check(entry->state)) return false;
+    constexpr int kBytes = 192;
+    const char* const keys =
+        reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(entry->state)->ma_keys);
+    for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(keys + at);
+    return true;
+  });
+  for_usual([&](Entry* entry) { return find_tensors(entry); });
+  for_usual([&](Entry* entry) { return find_records(entry); });
+}
+
+// The objects of a usual parameter, where their records come later.
+bool ParamReader::find_tensors(Entry* entry) {
   const Group& group = *entry->group;
-  if (group.has_state) entry->state = find_next(state_.ptr(), entry->param, &cursor_);
-  if (!group.has_kernel || group.moves_slow() || !tensors_.is_plain(entry->param)) return false;
-  entry->records[kParam] = tensors_.abi().record(entry->param);
+  entry->records[kParam] = entry->param;
   if (!group.has_state) return true;
-  if (!entry->state || !PyDict_Check(entry->state)) return false;
   Py_ssize_t cursor = 0;
   const auto find = [&](PyObject* key, Record* record) {
     PyObject* const tensor = find_next(entry->state, key, &cursor);
-    if (!tensor || !tensors_.is_plain(tensor)) return false;
-    *record = tensors_.abi().record(tensor);
-    if (holds_states_) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
-    return true;
+    __builtin_prefetch(tensor);
+    *record = tensor;
+    return tensor != nullptr;
   };
   if (group.counts_steps && !find(step_key(), &entry->step_record)) return false;
   for (size_t s = 0; s < group.rule_states; ++s) {
@@ -68,7 +90,22 @@ bool ParamReader::find_usual(Entry* entry) {
   return !group.in_parts || find_usual_parts(entry, &cursor);
 }
 
-// Also asks for all memory that read_usual reads.
+bool ParamReader::find_records(Entry* entry) {
+  const auto find = [&](Record* record) {
+    if (!*record) return true;
+    auto* const tensor = static_cast<PyObject*>(*record);
+    if (!tensors_.is_plain(tensor)) return false;
+    if (holds_states_) held_.push_back(py::reinterpret_borrow<py::object>(tensor));
+    *record = tensors_.abi().record(tensor);
+    TorchAbi::ask_for(*record);
+    return true;
+  };
+  return find(&entry->step_record) &&
+         std::all_of(std::begin(entry->records), std::end(entry->records),
+                     [&](Record& record) { return find(&record); });
+}
+
+// Also asks for all memory that read_usual reads, as far as find_records has not.
 void ParamReader::find_gradients(Entry* begin, Entry* end) const {
   const TorchAbi& abi = tensors_.abi();
   const auto for_usual = [&](auto f) {
@@ -84,7 +121,6 @@ void ParamReader::find_gradients(Entry* begin, Entry* end) const {
       if (entry->step_record) f(entry->step_record);
     });
   };
-  for_each_record(TorchAbi::ask_for);
   for_usual([&](Entry* entry) {
     Record& grad = entry->records[kGrad];
     grad = abi.grad(entry->records[kParam]);
@@ -141,7 +177,9 @@ void ParamReader::hold(const std::vector<Entry>& entries) {
   holds_ = true;
   cursor_ = 0;  // whoever gets the GIL from here on may change the state
   held_grads_.reserve(entries.size());
+  held_.reserve(held_.size() + entries.size());
   for (const Entry& entry : entries) {
+    held_.push_back(py::reinterpret_borrow<py::object>(entry.param));
     if (!entry.usual) continue;
     held_grads_.push_back(tensors_.abi().hold(entry.records[kGrad]));
     if (holds_states_) continue;

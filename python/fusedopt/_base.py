@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fusedopt import _engine, _norms, _operators, _ranks
+from fusedopt import _core, _engine, _norms, _operators, _ranks
 from fusedopt._clipping import NOTHING, Clips, decide
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
@@ -63,6 +63,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
 
     _skipped_steps: int | Tensor = 0
     _skipped: bool | Tensor = False  # whether the last step was
+    _known: _core.KnownGroups | None = None
 
     def __init__(
         self,
@@ -205,9 +206,13 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def _update_by_engine(
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
+        if self._known is None:
+            self._known = _core.KnownGroups()
         return _engine.engine.step(
-            self.state,
-            [self._engine_group(group) for group in groups],
+            self,
+            # (How far slow weights follow is no value of a group.)
+            _core.KnownGroups() if self._lookahead else self._known,
+            groups,
             torch.get_num_threads(),
             scaling,
             lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
@@ -237,23 +242,13 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     # ---- groups ------------------------------------------------------------------------------
 
     def _engine_group(self, group: dict[str, Any]) -> Group:
+        """Return what a group asks for: asked anew once a value of it or of `defaults` changes."""
         self._refuse_options_in(group)
         rule = self._rule(group)
         modes = self._modes()
         if modes[2]:
             self._check_answers(group)
-        lr = group["lr"]
-        if (
-            isinstance(lr, Tensor)
-            and _is_read_there(lr)
-            and on_device(next(iter(group["params"]), None))
-        ):
-            group = {**group, "lr": 1.0}  # the device folds it
-        else:
-            lr = number(lr)
         return Group(
-            params=group["params"],
-            names=group.get("param_names"),
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=_as_bits(rule.flags),
@@ -264,18 +259,26 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),
             grad_scale=-1.0 if group.get("maximize") else 1.0,
-            lr=lr,
-            fold=lambda t: self._scalars(group, t),
-            create_state=lambda p: self._create_state(rule, p, bool(group.get("capturable"))),
-            move_count=self._move_count,
             unsigned=have_no_sign(rule.states),
             has_master=modes[0],
             rounds_at_random=modes[1],
             may_be_coded=modes[2],
-            first_element=self._first_element,
         )
 
+    def _engine_lr(self, group: dict[str, Any]) -> float | Tensor:
+        """Return the learning rate of a group as a number, unless a device folds it."""
+        lr = group["lr"]
+        there = isinstance(lr, Tensor) and _is_read_there(lr)
+        return lr if there and on_device(next(iter(group["params"]), None)) else number(lr)
+
+    def _create_state_in(self, group: dict[str, Any], p: Tensor) -> None:
+        self._create_state(self._rule(group), p, bool(group.get("capturable")))
+
     def _move_count(self, p: Tensor, steps: float | None, to_device: bool) -> None:
+        """Put so many steps into the state of a parameter, on its device or on the CPU.
+
+        With None, those that it has on its device, in float32.
+        """
         state, device = self.state[p], p.device if to_device else "cpu"
         if steps is None:  # nobody waits for them
             state["step"] = state["step"].to(torch.float32)

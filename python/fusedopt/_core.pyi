@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 compiler: str
 cuda_archs: str
@@ -21,12 +22,15 @@ def isas() -> tuple[str, ...]: ...
 def elements_of_tile(numel: int, tile: int) -> tuple[int, int]: ...
 def item_of_unit(begins: Sequence[int], unit: int) -> int: ...
 
+class KnownGroups: ...
+
 class Engine:
     def __init__(self, isa: str = "", fast_gather: bool = True, device: str = "cuda") -> None: ...
     def step(
         self,
-        state: dict[Tensor, Any],
-        groups: Sequence[Any],
+        optimizer: Optimizer,
+        known: KnownGroups,
+        groups: list[dict[str, Any]],
         threads: int,
         scaling: Any,
         fallback: Callable[[list[tuple[int, Tensor]], float], None],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,10 +63,8 @@ class Rule(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One param group in one step, as csrc/step/group.h reads it."""
+    """What a param group asks for, but for parameters and lr, as csrc/step/group.h reads it."""
 
-    params: list[Tensor]
-    names: list[str] | None
     has_kernel: bool
     rule: str
     flags: int
@@ -78,13 +75,6 @@ class Group(NamedTuple):
     counts_on_device: bool
     starts_unlike: bool
     grad_scale: float
-    lr: float | Tensor
-    fold: Callable[[float], dict[str, float]]
-    """Scalars of the rule for step number t; where lr is on a device, for some other lr."""
-    create_state: Callable[[Tensor], None]
-    move_count: Callable[[Tensor, float | None, bool], None]
-    """Put so many steps into the state of a parameter, on its device or on the CPU; with None,
-    those that it has on its device, in float32."""
     unsigned: tuple[bool, ...]
     """Of each state of the rule, whether it has no sign: in 8 bits, that makes a difference."""
     has_master: bool
@@ -93,8 +83,6 @@ class Group(NamedTuple):
     """Whether 16-bit parameters without that are rounded at random."""
     may_be_coded: bool
     """Whether the state of some parameter may be in 8 bits."""
-    first_element: Callable[[Tensor], int]
-    """Of a DTensor, the elements of the whole before those of this process."""
 
 
 class Scaling(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import _engine, _exchange, _momentum
+from fusedopt import _core, _engine, _exchange, _momentum
 from fusedopt._base import Fused
 from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
 from fusedopt._clipping import decide, factor_of
@@ -220,8 +220,9 @@ class StepsMatrices(Fused):
             group["params"].append(matrix.param)
         with gradients(places):
             _engine.engine.step(
-                self.state,
-                [self._engine_group(group) for group in groups.values()],
+                self,
+                _core.KnownGroups(),
+                list(groups.values()),
                 torch.get_num_threads(),
                 Scaling(skip=skip),
                 _nothing_is_left,
