@@ -49,8 +49,8 @@ bench-peers: .venv/peers bench
 ## make bench-docs     measure docs/performance.md anew, an hour and a half; ARGS="--rows TEXT" less
 bench-docs: export PATH := $(CURDIR)/$(RUN):$(PATH)
 bench-docs: .venv/peers .venv/installed
-	$(RUN)/python tools/measure_page.py $(ARGS)
-	$(RUN)/python tools/performance_page.py
+	$(RUN)/python -m tools.measure_page $(ARGS)
+	$(RUN)/python -m tools.performance_page
 
 ## make count          instructions of a step under valgrind, against recorded bounds
 count: .venv/installed

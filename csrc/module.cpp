@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/kernel.h"
+#include "engine/probe.h"
 #include "engine/schedule.h"
 #include "step/interface.h"
 #include "step/known_groups.h"
@@ -35,6 +36,11 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("emulated", &Engine::emulated)
       .def("why_not", &Engine::why_not, py::arg("device"));
   m.def("clip_coefficient", &fusedopt::clip_coefficient, py::arg("norm"), py::arg("max_norm"));
+  m.def("move_streams", &fusedopt::move_streams, py::arg("arrays"), py::arg("n"),
+        py::arg("reads_first"), py::arg("ahead"), py::arg("temporal"), py::arg("threads"));
+  m.attr("probed_ahead") =
+      std::vector<int>(std::begin(fusedopt::kProbedAhead), std::end(fusedopt::kProbedAhead));
+  m.attr("probed_line") = fusedopt::kProbedLine;
   m.def("isas", [] {
     py::list names;
     for (const auto* kernels : fusedopt::available_kernels()) names.append(kernels->isa);

@@ -1,18 +1,20 @@
 """Measures the rows of docs/performance.md anew: without --rows, those of PAGE.
 
-    python tools/measure_page.py [--rows TEXT]... [--runs NAME...]
+    python -m tools.measure_page [--rows TEXT]... [--runs NAME...]
 
 Each row gets a process of its own, so that nothing depends on which contestants came before: how
 the allocator treats the temporary arrays of peers does, by a factor of two. What is found replaces
 the row of that name, so that one may measure some rows now and others later, on the same machine.
-After that comes a second run, without overhead, training and scaling, and then two runs of some
-rows with memory that stays in the process: see RUNS.
+Each machine has files of its own, named after its processor's maker. After that comes a second run,
+without overhead, training and scaling, and then two runs of some rows with memory that stays in the
+process: see RUNS.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 BENCH = [sys.executable, "-m", "fusedopt.bench", "--scaling"]
 ONCE = ("memory:", "overhead:", "training:", "scaling:")  # parts of which there is no second run
 
+CLIPPED = ("GPT-2 124M", "ResNet-50", "LoRA r16 of a 7B model", "YOLOv8 n", "1000 x 1K")
+
 # The rows of the page, on all threads and on one.
 PAGE = {
     *(
@@ -35,10 +39,11 @@ PAGE = {
         for each in optimizers()
     ),
     *(f"{model}, AdamW" for model in MODELS),
-    *(f"{model}, AdamW, clip" for model in ("GPT-2 124M", "ResNet-50", "1000 x 1K")),
+    *(f"{model}, AdamW, clip" for model in CLIPPED),
     *(f"GPT-2 124M, {each}, clip" for each in ("SGD", "RMSprop", "Lion")),
     "GPT-2 124M, AdamW, GradScaler and clip",
     "GPT-2 124M, AdamW, bfloat16",
+    "10 x 1M, AdamW, bfloat16",
     "GPT-2 124M, AdamW, clip, bfloat16",
     "GPT-2 124M, Lion, bfloat16",
 }
@@ -53,9 +58,18 @@ KEEP = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1
 class Run(NamedTuple):
     """What is measured for a file."""
 
-    path: Path
+    suffix: str
     has: Callable[[str], bool]
     environment: dict[str, str]
+
+    def path(self, facts: dict[str, str]) -> Path:
+        """Return its file, of the machine of these facts."""
+        return DOCS / f"performance_{maker(facts['processor'])}{self.suffix}.json"
+
+
+def maker(processor: str) -> str:
+    """Return what the files of a processor's maker are called."""
+    return re.sub(r"\W.*", "", processor).lower() or "unknown"
 
 
 def _is_of(rows: set[str], on_one_thread: set[str], name: str) -> bool:
@@ -77,10 +91,10 @@ def _is_kept(name: str) -> bool:
 
 
 RUNS = {
-    "first": Run(DOCS / "performance.json", lambda name: True, {}),
-    "again": Run(DOCS / "performance_again.json", _is_repeated, {}),
-    "kept": Run(DOCS / "performance_kept.json", _is_kept, KEEP),
-    "kept-again": Run(DOCS / "performance_kept_again.json", _is_kept, KEEP),
+    "first": Run("", lambda name: True, {}),
+    "again": Run("_again", _is_repeated, {}),
+    "kept": Run("_kept", _is_kept, KEEP),
+    "kept-again": Run("_kept_again", _is_kept, KEEP),
 }
 
 T = TypeVar("T")
@@ -147,12 +161,13 @@ def main() -> None:
         parser.error("no row has such a name: python -m fusedopt.bench --scaling --list")
     for run in (RUNS[name] for name in options.runs):
         parts = [name for name in names if run.has(name)]
-        fresh = not options.rows or not run.path.exists()
-        report = Report(machine("cpu")) if fresh else read(run.path)
+        path = run.path(machine("cpu"))
+        fresh = not options.rows or not path.exists()
+        report = Report(machine("cpu")) if fresh else read(path)
         for i, name in enumerate(parts):
-            print(f"part {i + 1} of {len(parts)}, for {run.path.name}", flush=True)
+            print(f"part {i + 1} of {len(parts)}, for {path.name}", flush=True)
             merge(report, measured(name, run.environment))
-            report.write(run.path)
+            report.write(path)
 
 
 if __name__ == "__main__":

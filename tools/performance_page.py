@@ -1,9 +1,10 @@
-"""Writes the figures of docs/performance.json into docs/performance.md and README.md, and draws.
+"""Writes the figures of docs/performance_*.json into docs/performance.md and README.md, and draws.
 
-docs/performance_again.json is a second run, of the same rows or of some of them; the two files
-docs/performance_kept*.json are runs with memory that stays in the process.
+performance_MAKER.json is of a machine, named after its processor's maker. Of the same machine,
+performance_MAKER_again.json is a second run, of the same rows or of some of them; the two files
+performance_MAKER_kept*.json are runs with memory that stays in the process.
 
-    python tools/performance_page.py [--check]
+    python -m tools.performance_page [--check]
 
 A block of a page between ``<!-- figures: NAME -->`` and ``<!-- end -->`` is what the function of
 that name below returns. With --check, nothing is written, and a page that is not up to date is an
@@ -15,17 +16,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from fusedopt.bench.contestants import OURS
 from fusedopt.bench.picture import draw_rows, draw_scaling
 from fusedopt.bench.results import Report, RowResult, Timing, read
 from fusedopt.bench.table import best_peer
+from tools.measure_page import RUNS, maker
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [DOCS / "performance.md", DOCS.parent / "README.md"]
 PEERS = ["torch fused", "torch fused + grad_scale", "torch foreach", "torch loop", "torch.compile"]
 PEERS += ["DeepSpeed"]
+IN_README = "GPT-2 124M, AdamW,"  # the row that the README shows
 
 # Where the memory's limit varies by more than this within a run, others use the memory, too.
 BUSY = 1.3
@@ -34,7 +38,10 @@ SAME = 0.1
 
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    """Return a Markdown table, its first column to the left and the others to the right."""
+    """Return a Markdown table, its first column to the left; nothing where it has no lines."""
+    lines = list(lines)
+    if not lines:
+        return ""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
 
@@ -48,7 +55,7 @@ def step_table(rows: list[RowResult]) -> str:
         name = row.row.removesuffix("s").removesuffix(f", {row.threads} thread")
         if ours := row.find(OURS):
             cells = [f"{ours.milliseconds:.2f} ms", f"{ours.gigabytes_per_second:.1f}"]
-            cells += [f"{ours.share_of_limit:.0%}"]
+            cells += [row.share(ours)]
         else:
             cells = ["failed", "", ""]
         cells += [ratio(row, peer) for peer in peers]
@@ -82,8 +89,7 @@ def ratio(row: RowResult, peer: str, *, cold: bool = False) -> str:
 
 def select(report: Report, mode: str, dtype: str = "float32", one: bool = False) -> list[RowResult]:
     """Return the rows of one variant; `one` for those on a single thread."""
-    most = max(row.threads for row in report.rows)
-    threads = 1 if one else most
+    threads = 1 if one else int(report.machine["threads"])
     return [r for r in report.rows if (r.mode, r.dtype, r.threads) == (mode, dtype, threads)]
 
 
@@ -176,8 +182,7 @@ def overhead(report: Report) -> str:
     lines = []
     for each in report.overheads:
         for name, total in each.totals.items():
-            parts = [each.gather, each.kernel, each.rest] if name == OURS else []
-            cells = [f"{part:.2f}" for part in parts] or ["", "", ""]
+            cells = each.parts(2) if name == OURS else ["", "", ""]
             lines.append([f"{each.optimizer}, {name}", f"{total:.2f}", *cells])
     return table(["microseconds a tensor", "in all", "gather", "kernel", "the rest"], lines)
 
@@ -202,7 +207,7 @@ def scaling(report: Report) -> str:
         if ours := row.find(OURS):
             each = ours.milliseconds * 1e6 / row.parameters
             peer = best_peer(row)
-            times = f"{ours.milliseconds:.3f} ms", f"{each:.3f} ns", f"{ours.share_of_limit:.0%}"
+            times = f"{ours.milliseconds:.3f} ms", f"{each:.3f} ns", row.share(ours)
             lines.append(
                 [f"{row.parameters / 1e6:g}M", *times, ratio(row, peer.name if peer else "")]
             )
@@ -216,26 +221,30 @@ def memory(report: Report) -> str:
         for t in row.timings:
             if not t.failed:
                 cells = [f"{t.bytes_a_parameter or 0:.2f}", f"{t.milliseconds:.1f} ms"]
-                cells += [f"{t.gigabytes_per_second:.1f}", f"{t.share_of_limit:.0%}"]
+                cells += [f"{t.gigabytes_per_second:.1f}", row.share(t)]
                 lines.append([t.name, *cells, ratio(row, t.name)])
     return table(["", "bytes a parameter", "a step", "GB/s", "of limit", "to fusedopt"], lines)
 
 
 def again(report: Report) -> str:
     """How far the ratios of a second run are from those of the first."""
-    return repeated(report, read(DOCS / "performance_again.json"))
+    return repeated(report, _run_of(report, "again"))
 
 
-def kept(_: Report) -> str:
+def kept(report: Report) -> str:
     """The step where memory stays in the process."""
-    return step_table(read(DOCS / "performance_kept.json").rows)
+    return step_table(_run_of(report, "kept").rows)
 
 
-def kept_again(_: Report) -> str:
+def kept_again(report: Report) -> str:
     """How far the ratios are apart there."""
-    return repeated(
-        read(DOCS / "performance_kept.json"), read(DOCS / "performance_kept_again.json")
-    )
+    return repeated(_run_of(report, "kept"), _run_of(report, "kept-again"))
+
+
+def _run_of(report: Report, name: str) -> Report:
+    """Return another run on the machine of a report; an empty one if there was none."""
+    path = RUNS[name].path(report.machine)
+    return read(path) if path.exists() else Report(report.machine)
 
 
 def repeated(first: Report, again: Report) -> str:
@@ -259,6 +268,8 @@ def repeated(first: Report, again: Report) -> str:
         apart, peer, ratio, before = max(pairs)
         numbers = f"{before:.2f}x", f"{ratio:.2f}x", f"{apart:.0%}"
         lines.append([row.row, str(len(pairs)), peer, *numbers])
+    if not lines:
+        return ""
     header = ["", "ratios", "farthest apart", "first run", "second run", "difference"]
     summary = f"{near} of {everything} ratios are within {SAME:.0%} of those of the first run."
     return summary + "\n\n" + table(header, lines)
@@ -266,14 +277,20 @@ def repeated(first: Report, again: Report) -> str:
 
 def share(report: Report) -> str:
     """Return what the README says of its rule."""
-    row = next(row for row in select(report, "plain") if row.row.startswith("GPT-2 124M, AdamW,"))
-    ours = row.find(OURS)
-    assert ours
-    return (
-        f"A step of GPT-2 with it, in float32 on {row.threads} threads, takes "
-        f"{ours.milliseconds:.1f} ms: {ours.share_of_limit:.0%} of what the memory allows\n"
-        f"(row {row.row}, of [Performance](docs/performance.md#the-step-float32))."
-    )
+    lines = []
+    for row in select(report, "plain"):
+        ours = row.find(OURS)
+        if row.row.startswith(IN_README) and ours:
+            share = row.share(ours)
+            text = f": {share} of what the memory allows"
+            if share == "busy":
+                text = ", while others used the machine, too"
+            lines = [
+                f"A step of GPT-2 with it, in float32 on {row.threads} threads, takes "
+                f"{ours.milliseconds:.1f} ms{text}",
+                f"(row {row.row}, of [Performance](docs/performance.md#the-step-float32)).",
+            ]
+    return "\n".join(lines)
 
 
 BLOCKS: list[Callable[[Report], str]] = [
@@ -285,44 +302,71 @@ BLOCKS: list[Callable[[Report], str]] = [
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def page(text: str, report: Report) -> str:
-    """Return the page with the figures of a report."""
+def page(text: str, reports: list[Report]) -> str:
+    """Return the page with the figures of each report: those of each machine under its name."""
     blocks = {block.__name__: block for block in BLOCKS}
 
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- figures: {name} -->\n{blocks[name](report)}\n<!-- end -->"
+        texts = {_title(report): blocks[name](report) for report in reports}
+        if len(reports) > 1:
+            texts = {of: f"**{of}**\n\n{text}" for of, text in texts.items() if text}
+        figures = "\n\n".join(texts.values())
+        return f"<!-- figures: {name} -->\n{figures}\n<!-- end -->"
 
     return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
+def _title(report: Report) -> str:
+    facts = report.machine
+    return f"{facts['processor']}, {facts['threads']} threads, {facts['measured']}"
+
+
 def draw(report: Report) -> None:
-    """Draw the pictures of the page."""
+    """Draw the pictures of the page that are of one machine."""
+    name = f"performance_{maker(report.machine['processor'])}"
     chosen = [
         row
         for row in select(report, "plain") + select(report, "clip")
         if row.model == "GPT-2 124M" or (row.optimizer == "AdamW" and row.mode == "plain")
     ]
-    draw_rows(chosen, DOCS / "performance.png", report.machine)
-    first = ["GPT-2 124M, AdamW,", "GPT-2 124M, AdamW, clip,", "1000 x 1K, AdamW,"]
-    short = [next(row for row in chosen if row.row.startswith(name)) for name in first]
-    draw_rows(short, DOCS / "performance_short.png", report.machine)
+    if chosen:
+        draw_rows(chosen, DOCS / f"{name}.png", report.machine)
     if report.scaling:
-        draw_scaling(report.scaling, DOCS / "performance_scaling.png", report.machine)
+        draw_scaling(report.scaling, DOCS / f"{name}_scaling.png", report.machine)
+
+
+def draw_short(reports: list[Report]) -> None:
+    """Draw the picture of the README: one row, on each machine."""
+    rows = [
+        replace(row, row=f"{row.row}: {report.machine['processor'].split('(')[0]}")
+        for report in reports
+        for row in select(report, "plain")
+        if row.row.startswith(IN_README)
+    ]
+    draw_rows(rows, DOCS / "performance_short.png", reports[0].machine)
+
+
+def machines() -> list[Report]:
+    """Return the first runs of all machines."""
+    first = [path for path in DOCS.glob("performance_*.json") if path.stem.count("_") == 1]
+    return [read(path) for path in sorted(first)]
 
 
 def main() -> None:
     """Write, or check."""
-    report = read(DOCS / "performance.json")
+    reports = machines()
     for path in PAGES:
         old = path.read_text()
-        new = page(old, report)
+        new = page(old, reports)
         if sys.argv[1:] != ["--check"]:
             path.write_text(new)
         elif new != old:
             sys.exit(f"{path} is not what tools/performance_page.py makes: run it")
     if sys.argv[1:] != ["--check"]:
-        draw(report)
+        for report in reports:
+            draw(report)
+        draw_short(reports)
 
 
 if __name__ == "__main__":

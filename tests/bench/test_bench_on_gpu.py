@@ -65,9 +65,9 @@ def test_steps_of_long_rows_are_queued(
 
 def test_the_hosts_part_has_a_column_of_its_own() -> None:
     timing = Timing("fusedopt")
-    assert _cells(timing)["host"] == ""
+    assert _cells(timing, "")["host"] == ""
     timing.host_microseconds = measure._host_seconds(lambda: None, "cpu") * 1e6
-    assert _cells(timing)["host"].endswith(" us")
+    assert _cells(timing, "")["host"].endswith(" us")
 
 
 def test_the_probe_copies_what_nothing_compresses() -> None:

@@ -18,6 +18,8 @@ def test_models_have_the_tensors_and_parameters_of_their_names() -> None:
     assert sizes == {
         "GPT-2 124M": (148, 124_439_808),
         "ResNet-50": (161, 25_557_032),
+        "LoRA r16 of a 7B model": (448, 39_976_960),
+        "YOLOv8 n": (183, 3_157_184),  # but for 16 fixed numbers, as many as its authors say
         "1 x 100M": (1, 100_000_000),
         "10 x 1M": (10, 10_000_000),
         "1000 x 1K": (1000, 1_024_000),

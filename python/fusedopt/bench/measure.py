@@ -16,8 +16,8 @@ import torch
 from fusedopt.bench import modes
 from fusedopt.bench.contestants import OURS, Contestant, quiet
 from fusedopt.bench.modes import Step
-from fusedopt.bench.probe import bandwidth_probe, probed
-from fusedopt.bench.results import RowResult, Timing
+from fusedopt.bench.probe import bandwidth_probes, probed
+from fusedopt.bench.results import RowResult, Timing, spread
 from fusedopt.bench.rows import Row, parameters
 
 # The first rounds take several times as long as others: memory has to settle.
@@ -33,7 +33,7 @@ SMALL, REPEATED = 64_000_000, 4
 QUEUED = 8
 Turn = list[float]
 """The seconds of its steps."""
-_PROBE = "probe"
+_PROBE = "probe: "  # and the way
 
 
 def measure(
@@ -68,14 +68,16 @@ def measure(
         except Exception as error:  # a peer may raise anything
             timing.failed = reason(error)
             steps.pop(contestant.name, None)
-    probe, probe_bytes = bandwidth_probe(row)
-    steps[_PROBE] = probe
+    probes, probe_bytes = bandwidth_probes(row)
+    steps |= {_PROBE + way: probe for way, probe in probes.items()}
     taken, failed = _interleave(steps, row, repeats, budget, progress)
     for name, why in failed.items():
         timings[name].failed = why
     if any(contestant.compiles for contestant in contestants):
         torch._dynamo.reset()  # or it keeps the tensors
-    limit = probe_bytes / _median_of(taken.pop(_PROBE), -1) / 1e9
+    ways = {way: taken.pop(_PROBE + way) for way in probes}
+    fastest = min(ways, key=lambda way: _median_of(ways[way], -1))
+    limit = probe_bytes / _median_of(ways[fastest], -1) / 1e9
     for name, turns_taken in taken.items():
         _fill(timings[name], turns_taken, row, limit)
         if row.device == "cuda":
@@ -95,6 +97,8 @@ def measure(
         parameters=row.numel,
         bytes=row.bytes,
         limit_gigabytes_per_second=limit,
+        limit_way=fastest,
+        limit_spread=_spread_of(ways[fastest]),
         timings=list(timings.values()),
     )
 
@@ -145,7 +149,7 @@ def _interleave(
                 turn = [_seconds(step, row.device, queued) for _ in range(steps_a_turn)]
                 taken[name].append(turn)
             except Exception as error:  # such as a lack of memory
-                if name == _PROBE:
+                if name.startswith(_PROBE):
                     raise
                 failed[name] = reason(error)
 
@@ -200,7 +204,7 @@ def _fill(timing: Timing, turns_taken: list[Turn], row: Row, limit: float) -> No
     timing.milliseconds = median * 1e3
     if len(turns_taken[0]) > 1:
         timing.cold_milliseconds = _median_of(turns_taken, 0) * 1e3
-    timing.spread = spread([turn[-1] for turn in turns_taken])
+    timing.spread = _spread_of(turns_taken)
     counted = timing.bytes_a_parameter
     moved = row.bytes if counted is None else counted * row.numel
     timing.gigabytes_per_second = moved / median / 1e9
@@ -213,12 +217,8 @@ def _median_of(turns_taken: list[Turn], step: int) -> float:
     return statistics.median(turn[step] for turn in turns_taken)
 
 
-def spread(samples: list[float]) -> float:
-    """Return the interquartile range as a share of the median."""
-    if len(samples) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / middle
+def _spread_of(turns_taken: list[Turn]) -> float:
+    return spread([turn[-1] for turn in turns_taken])
 
 
 def _seconds(step: Step, device: str, queued: int = 1) -> float:

@@ -20,7 +20,7 @@ import torch
 from fusedopt.bench.contestants import OURS, Contestant, quiet
 from fusedopt.bench.measure import reason, without_collection
 from fusedopt.bench.modes import Step
-from fusedopt.bench.results import Overhead
+from fusedopt.bench.results import Overhead, spread
 from fusedopt.bench.rows import Row
 
 TENSORS, ELEMENTS = 2000, 16
@@ -98,4 +98,5 @@ def overhead(
         rest=one,
         totals=each,
         failed=failed,
+        spread=max(spread(seconds[name]) for name in (OURS, _EMPTY, _ONE)),
     )

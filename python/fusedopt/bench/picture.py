@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusedopt.bench.results import RowResult, Timing
 _OURS, _TORCH, _LIBRARY = "#1b3a6b", "#ee8434", "#9aa5b1"
 _LIMIT, _WRONG = "#b3243a", "#b3243a"
 _COLUMNS = 3
+_TITLE = 66  # characters of the title above a column
 _BAR = 0.27  # inches a contestant
 
 
@@ -27,11 +29,12 @@ def draw_rows(rows: list[RowResult], path: Path, machine: dict[str, str]) -> Non
     for i, line in enumerate(lines):
         for j, row in enumerate(line):
             _panel(figure.add_subplot(grid[i, j]), row, max(len(_timed(row)) for row in line))
-    figure.suptitle(
+    title = (
         "Bytes that a step has to move over its time: longer is faster; the red line is the "
-        f"memory's limit. Behind the times: how many times fusedopt's.\n{_describe(machine)}",
-        fontsize=11,
+        "memory's limit. Behind the times: how many times fusedopt's."
     )
+    heading = [*textwrap.wrap(title, _TITLE * columns), _describe(machine)]
+    figure.suptitle("\n".join(heading), fontsize=11)
     figure.savefig(path, dpi=100)
 
 

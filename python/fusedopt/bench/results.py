@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
+import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,18 @@ from fusedopt._engine import engine
 
 VERSION = 2
 """Of the JSON's structure."""
+
+BUSY = 0.15
+"""A spread above this says that others used the machine: what is derived from such times is not
+shown, but the word "busy"."""
+
+
+def spread(samples: list[float]) -> float:
+    """Return the interquartile range as a share of the median."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / middle
 
 
 @dataclass
@@ -67,6 +81,16 @@ class RowResult:
     bytes: int
     limit_gigabytes_per_second: float
     timings: list[Timing]
+    limit_way: str = ""
+    """Which way to move memory was the fastest: of `probe.bandwidth_probes`."""
+    limit_spread: float = 0.0
+    """The interquartile range of its times, as a share of the median."""
+
+    def share(self, timing: Timing) -> str:
+        """Return the share of the limit, or "busy" where the spread of either is above BUSY."""
+        if max(timing.spread, self.limit_spread) > BUSY:
+            return "busy"
+        return f"{timing.share_of_limit:.0%}"
 
     def find(self, name: str) -> Timing | None:
         """Return the times of a contestant that did not fail."""
@@ -86,6 +110,17 @@ class Overhead:
     totals: dict[str, float]
     """Of all contestants."""
     failed: dict[str, str] = field(default_factory=dict)
+    spread: float = 0.0
+    """The largest of the spreads of the times that the parts are made of."""
+
+    def parts(self, digits: int) -> list[str]:
+        """Return gather, kernel and rest, or "busy" for each.
+
+        They are differences: where the machine was busy, they say nothing. Below 0 it was.
+        """
+        parts = [self.gather, self.kernel, self.rest]
+        busy = self.spread > BUSY or min(parts) < 0
+        return ["busy" if busy else f"{part:.{digits}f}" for part in parts]
 
 
 @dataclass
@@ -164,6 +199,8 @@ def machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fusedopt": fusedopt.__version__,
+        "measured": datetime.date.today().isoformat(),
+        "limit": "the fastest of several ways to move memory",
     }
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()

@@ -41,6 +41,44 @@ def _resnet50() -> Shapes:
     return [*shapes, (1000, inputs), (1000,)]
 
 
+def _lora_7b() -> Shapes:
+    """Of rank 16 beside the seven linear layers of each block of Llama 2 7B (arXiv:2307.09288)."""
+    rank, width, hidden = 16, 4096, 11008
+
+    def pair(inputs: int, outputs: int) -> Shapes:
+        return [(rank, inputs), (outputs, rank)]
+
+    attention = pair(width, width) * 4
+    return [*attention, *pair(width, hidden) * 2, *pair(hidden, width)] * 32
+
+
+def _yolov8n() -> Shapes:
+    """As https://github.com/ultralytics/ultralytics publishes it, with 80 classes."""
+
+    def convolution(inputs: int, outputs: int, size: int) -> Shapes:  # and its batch norm
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]
+
+    def c2f(inputs: int, outputs: int, blocks: int) -> Shapes:
+        half = outputs // 2
+        ends = convolution(inputs, outputs, 1) + convolution((2 + blocks) * half, outputs, 1)
+        return ends + convolution(half, half, 3) * (2 * blocks)
+
+    def head(inputs: int, width: int) -> Shapes:
+        start = convolution(inputs, width, 3) + convolution(width, width, 3)
+        return [*start, (width, width, 1, 1), (width,)]
+
+    shapes = convolution(3, 16, 3)
+    for inputs, outputs, blocks in ((16, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
+        shapes += convolution(inputs, outputs, 3) + c2f(outputs, outputs, blocks)
+    shapes += convolution(256, 128, 1) + convolution(512, 256, 1)  # pooled at three sizes
+    shapes += c2f(256 + 128, 128, 1) + c2f(128 + 64, 64, 1)  # to finer maps, and back
+    shapes += convolution(64, 64, 3) + c2f(64 + 128, 128, 1)
+    shapes += convolution(128, 128, 3) + c2f(128 + 256, 256, 1)
+    for width in (64, 80):  # boxes; classes
+        shapes += [shape for inputs in (64, 128, 256) for shape in head(inputs, width)]
+    return shapes
+
+
 def uniform(name: str) -> Shapes:
     """Return the shapes of ``10 x 1M``, or ``3 matrices of 16 x 16``, or another such name."""
     if " matrices of " in name:
@@ -55,6 +93,8 @@ def uniform(name: str) -> Shapes:
 MODELS: dict[str, Shapes] = {
     "GPT-2 124M": _gpt2(),
     "ResNet-50": _resnet50(),
+    "LoRA r16 of a 7B model": _lora_7b(),
+    "YOLOv8 n": _yolov8n(),
     **{
         name: uniform(name)
         for name in ("1 x 100M", "10 x 1M", "1000 x 1K", "2000 x 1K", "2000 x 16")

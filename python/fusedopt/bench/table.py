@@ -35,7 +35,8 @@ def row_table(result: RowResult) -> Group:
     else:
         title = f"{result.row}: {result.bytes / 1e6:,.6g} MB a step, "
     title += f"at most {result.limit_gigabytes_per_second:.1f} GB/s"
-    cells = {timing.name: _cells(timing) for timing in result.timings if not timing.failed}
+    timed = [timing for timing in result.timings if not timing.failed]
+    cells = {timing.name: _cells(timing, result.share(timing)) for timing in timed}
     some = next(iter(cells.values()), {})
     columns = [name for name in some if any(each[name] for each in cells.values())]
     table = _table(["", *columns])
@@ -57,7 +58,7 @@ def _milliseconds(time: float | None) -> str:
     return "" if time is None else f"{time:.3f} ms"
 
 
-def _cells(timing: Timing) -> dict[str, str]:
+def _cells(timing: Timing, share: str) -> dict[str, str]:
     compiling = timing.compile_seconds
     counted = timing.bytes_a_parameter
     return {
@@ -65,7 +66,7 @@ def _cells(timing: Timing) -> dict[str, str]:
         "median": _milliseconds(timing.milliseconds),
         "spread": f"{timing.spread:.0%}",
         "GB/s": f"{timing.gigabytes_per_second:.1f}",
-        "of limit": f"{timing.share_of_limit:.0%}",
+        "of limit": share,
         "to fusedopt": "" if timing.ratio is None else f"{timing.ratio:.2f}x",
         "after others": _milliseconds(timing.cold_milliseconds),
         "host": "" if (host := timing.host_microseconds) is None else f"{host:.0f} us",
@@ -89,8 +90,8 @@ def overhead_table(overhead: Overhead) -> Group:
     title += f"{overhead.threads} threads"
     table = _table(["", "us a tensor", "gather", "kernel", "rest"])
     for name, total in overhead.totals.items():
-        parts = (overhead.gather, overhead.kernel, overhead.rest) if name == OURS else ()
-        table.add_row(name, f"{total:.3f}", *(f"{part:.3f}" for part in parts))
+        parts = overhead.parts(3) if name == OURS else ()
+        table.add_row(name, f"{total:.3f}", *parts)
     return _under(title, table, *_notes(overhead.failed))
 
 
@@ -121,7 +122,7 @@ def print_summary(console: Console, report: Report) -> None:
         table.add_row(
             row.row,
             _milliseconds(ours.milliseconds) if ours else "failed",
-            f"{ours.share_of_limit:.0%}" if ours else "",
+            row.share(ours) if ours else "",
             peer.name if peer else "none",
             f"{peer.ratio:.2f}x" if peer and peer.ratio else "",
         )
