@@ -45,7 +45,7 @@ class Schedule {
   // Whether updates go from the last piece of a share to the first, so that they begin with the
   // gradients that the norm has just read.
   bool backwards() const { return backwards_; }
-  int64_t bytes() const { return bytes_; }    // of all streams of all jobs
+  int64_t bytes() const { return bytes_; }  // of all streams of all jobs
 
   const std::vector<Piece>& pieces() const { return pieces_; }
 
