@@ -27,7 +27,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 OPTIONS: dict[str, Any] = {"max_grad_norm": 0.25, "skip_nonfinite": True, "amp_scaling": True}
-each_class = pytest.mark.parametrize("name", CONFIGS)
+# Groups of MuonWithAuxAdam have to say use_muon; what is handed over here are parameters.
+each_class = pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if name != "MuonWithAuxAdam"]
+)
 
 
 def assert_made(optimizer: Any, name: str) -> None:
