@@ -366,3 +366,47 @@ def test_an_optimizer_that_has_stepped_is_pickled_copied_and_freed() -> None:
         assert first() is None  # nothing of it is in a circle
     finally:
         gc.enable()
+
+
+# ---- values that are looked at with care ---------------------------------------------------------
+
+
+def adam() -> tuple[fusedopt.Adam, torch.nn.Parameter]:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return fusedopt.Adam([p], lr=0.1), p
+
+
+def test_a_list_that_contains_itself_is_never_known() -> None:
+    optimizer, p = adam()
+    tags: list[object] = []
+    tags.append(tags)
+    optimizer.param_groups[0]["tags"] = tags
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+class NeverEqual(str):
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError("compared")
+
+
+def test_keys_are_not_asked_whether_they_are_equal() -> None:
+    optimizer, p = adam()
+    optimizer.param_groups[0][NeverEqual("mine")] = 1
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_a_learning_rate_that_cannot_be_divided_by_zero_raises_as_before() -> None:
+    optimizer, p = adam()
+    optimizer.param_groups[0]["betas"] = (-1.0, 0.9)  # 1 - (-1)^2 = 0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1

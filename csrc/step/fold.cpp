@@ -37,6 +37,7 @@ constexpr auto kTable = make_rule_table<Fold, Make>();
 }  // namespace
 
 bool fold_rule(int rule, double lr, double t, std::vector<double>* scalars) {
+  if (!std::isfinite(lr)) return false;  // divided by 0, it raises no flag, but Python does
   constexpr int kErrors = FE_DIVBYZERO | FE_INVALID | FE_OVERFLOW;
   // (To look takes less time than to clear.)
   if (std::fetestexcept(kErrors) != 0) std::feclearexcept(kErrors);

@@ -12,14 +12,14 @@ static bool is_left_out(PyObject* key) {
                                    PyUnicode_InternFromString("param_names"),
                                    PyUnicode_InternFromString("lr")};
   return std::any_of(std::begin(keys), std::end(keys), [&](PyObject* left_out) {
-    return key == left_out || PyObject_RichCompareBool(key, left_out, Py_EQ) == 1;
+    return key == left_out || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, left_out) == 0);
   });
 }
 
 static bool never_changes(PyObject* value) {
   static PyObject* const dtype =
       py::object(py::module_::import("torch").attr("dtype")).release().ptr();
-  return value == Py_None || PyFloat_Check(value) || PyLong_CheckExact(value) ||
+  return value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value) ||
          PyBool_Check(value) || PyUnicode_CheckExact(value) ||
          reinterpret_cast<PyObject*>(Py_TYPE(value)) == dtype;
 }
@@ -29,13 +29,14 @@ static bool is_list(PyObject* value) {
 }
 
 // What stays as the value is now; null where that cannot be told.
-static py::object frozen(PyObject* value) {
+static py::object frozen(PyObject* value, int depth = 0) {
+  constexpr int kDeepest = 8;  // a list may contain itself
   if (never_changes(value)) return py::reinterpret_borrow<py::object>(value);
-  if (!is_list(value)) return {};
+  if (!is_list(value) || depth == kDeepest) return {};
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(value);
   py::tuple all(static_cast<size_t>(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
-    py::object each = frozen(PySequence_Fast_GET_ITEM(value, i));
+    py::object each = frozen(PySequence_Fast_GET_ITEM(value, i), depth + 1);
     if (!each) return {};
     PyTuple_SET_ITEM(all.ptr(), i, each.release().ptr());
   }
