@@ -38,9 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _is_for_its_optimizer(item: pytest.Item) -> bool:
-    case = getattr(getattr(item, "callspec", None), "params", {}).get("config")
-    name = getattr(item, "originalname", item.name)
-    return name not in NOT_FOR.get(getattr(case, "name", ""), {})
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    optimizer = getattr(params.get("config"), "name", params.get("name", ""))
+    return getattr(item, "originalname", item.name) not in NOT_FOR.get(optimizer, {})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
