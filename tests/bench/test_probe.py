@@ -91,9 +91,9 @@ def test_a_row_of_a_busy_machine_has_no_percentage(
 ) -> None:
     row = _row(ours, limit)
     assert row.share(row.timings[0]) == said
-    console = Console(file=io.StringIO(), width=110)
-    console.print(table.row_table(row))
-    assert f" {said} " in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    Console(file=printed, width=110).print(table.row_table(row))
+    assert f" {said} " in printed.getvalue()
 
 
 @pytest.mark.parametrize(
