@@ -170,17 +170,17 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 OURS_ALONE = {"amsgrad", "keys", "capturable", "state_dtype", "state_dtype, function", "data"}
 OURS_ALONE |= {"master_weights", "defaults", "max_grad_norm", "differentiable"}
 
-WRONG: dict[str, Callable[[Any], None]] = {
-    "no lr": lambda optimizer: groups_of(optimizer)[1].pop("lr"),
-    "text as lr": setting("lr", "much"),
-    "no eps": lambda optimizer: groups_of(optimizer)[1].pop("eps"),
-    "eps is None": setting("eps", None),
-    "beta1 of 1": setting("betas", (1.0, 0.9)),
-    "beta2 above 1": setting("betas", (0.9, 1.5)),
-    "beta1 far above 1": setting("betas", (1e200, 0.9)),
-    "one beta": setting("betas", (0.9,)),
-    "an option": setting("max_grad_norm", 1.0),
-    "params are no sequence": setting("params", 3),
+WRONG: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
+    "no lr": (lambda optimizer: groups_of(optimizer)[1].pop("lr"), KeyError, "lr"),
+    "text as lr": (setting("lr", "much"), ValueError, "convert string to float: 'much'"),
+    "no eps": (lambda optimizer: groups_of(optimizer)[1].pop("eps"), KeyError, "eps"),
+    "eps is None": (setting("eps", None), TypeError, "a real number, not 'NoneType'"),
+    "beta1 of 1": (setting("betas", (1.0, 0.9)), ZeroDivisionError, "division by zero"),
+    "beta2 above 1": (setting("betas", (0.9, 1.5)), ValueError, "math domain|nonnegative"),
+    "beta1 far above 1": (setting("betas", (1e200, 0.9)), OverflowError, "out of range"),
+    "one beta": (setting("betas", (0.9,)), ValueError, "not enough values to unpack"),
+    "an option": (setting("max_grad_norm", 1.0), ValueError, "expected that on the optimizer"),
+    "params are no sequence": (setting("params", 3), TypeError, "not iterable"),
 }
 
 
@@ -228,8 +228,10 @@ def test_a_change_is_seen_as_torch_sees_it(name: str) -> None:
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
-def test_a_wrong_value_is_refused_in_the_next_step(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(("change", "error", "said"), WRONG.values(), ids=WRONG)
+def test_a_wrong_value_is_refused_in_the_next_step(
+    change: Callable[[Any], None], error: type[Exception], said: str
+) -> None:
     errors = []
     for knows in (True, False):
         optimizer, params = prepared()
@@ -238,7 +240,7 @@ def test_a_wrong_value_is_refused_in_the_next_step(change: Callable[[Any], None]
         if not knows:
             optimizer._known = None
         set_gradients(params, 4)
-        with pytest.raises(Exception) as raised:  # noqa: PT011  (compared with the other)
+        with pytest.raises(error, match=said) as raised:
             optimizer.step()
         errors.append(repr(raised.value))
         for p, q in zip(params, before, strict=True):
@@ -410,3 +412,20 @@ def test_a_learning_rate_that_cannot_be_divided_by_zero_raises_as_before() -> No
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
     assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.RAdam])
+def test_no_decay_has_the_sign_of_the_learning_rate_for_all(cls: type[Any]) -> None:
+    """A negative one, and a parameter of -0.0, show it."""
+    p = Parameter(torch.zeros(1))
+    optimizer = cls([p], lr=1e-3)
+    p.grad = torch.zeros(1)
+    optimizer.step()
+    with torch.no_grad():
+        p.fill_(-0.0)
+    optimizer.param_groups[0]["lr"] = -1e-19
+    expected = copy.deepcopy(optimizer)
+    for each in (optimizer, expected):
+        all_params(each)[0].grad = torch.zeros(1)
+        each.step()
+    assert_same_bits(p.detach(), all_params(expected)[0].detach())

@@ -13,14 +13,18 @@ from fusedopt._numeric import accumulate, average_square, maximum
 from fusedopt._options import StateDType
 
 
+def is_coupled(group: dict[str, Any]) -> bool:
+    """Return whether weight decay is added to the gradients of a param group."""
+    return bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
+
+
 def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
     """Return the scalars with which the rules of Adam's family begin."""
     weight_decay = number(group["weight_decay"])
     beta1, beta2 = map(number, group["betas"])
-    decoupled = group["decoupled_weight_decay"]
     return {
         "weight_decay": weight_decay,
-        "decay": number(group["lr"]) * weight_decay if decoupled else 0.0,
+        "decay": 0.0 if is_coupled(group) else number(group["lr"]) * weight_decay,
         "beta1": beta1,
         "one_minus_beta1": 1 - beta1,
         "beta2": beta2,
@@ -30,10 +34,9 @@ def decay_and_betas(group: dict[str, Any]) -> dict[str, float]:
 
 def adam_rule(group: dict[str, Any]) -> Rule:
     """Return what steps a param group of Adam's family."""
-    coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
     amsgrad = bool(group["amsgrad"])
     states = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
-    return Rule("adam", (coupled, amsgrad), states, counts_steps=True)
+    return Rule("adam", (is_coupled(group), amsgrad), states, counts_steps=True)
 
 
 def adam_scalars(group: dict[str, Any], t: float) -> dict[str, float]:

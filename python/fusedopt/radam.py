@@ -11,7 +11,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square
 from fusedopt._options import StateDType
-from fusedopt.adam import decay_and_betas
+from fusedopt.adam import decay_and_betas, is_coupled
 
 
 class RAdam(Fused, torch.optim.RAdam):
@@ -100,8 +100,7 @@ class RAdam(Fused, torch.optim.RAdam):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        coupled = bool(group["weight_decay"] != 0) and not group["decoupled_weight_decay"]
-        return Rule("radam", (coupled,), ("exp_avg", "exp_avg_sq"), counts_steps=True)
+        return Rule("radam", (is_coupled(group),), ("exp_avg", "exp_avg_sq"), counts_steps=True)
 
     def _scalars(self, group: dict[str, Any], t: float) -> dict[str, float]:
         beta1, beta2 = map(number, group["betas"])
