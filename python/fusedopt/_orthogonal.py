@@ -22,6 +22,9 @@ LONG_ENOUGH = 1.5
 # products.
 HALVES_FROM_BYTES = 1 << 19
 
+# What torch takes besides, for tensors of the numbers that an operator is given: in bytes.
+NUMBERS = 16
+
 Coefficients = tuple[float, float, float]
 
 
@@ -78,7 +81,8 @@ def orthogonalize_(x: Tensor, iteration: Iteration) -> None:
         _by_halves_(x, iteration)
         return
     cores = torch.get_num_threads() if x.device.type == "cpu" else ON_DEVICE
-    most = min(SLICE_BYTES * cores * len(x) // x.nbytes, x.numel() // memory_of_each)
+    room = x.numel() - NUMBERS // x.itemsize
+    most = min(SLICE_BYTES * cores * len(x) // x.nbytes, room // memory_of_each)
     parts = torch.split(x, max(1, most))
     memory = x.new_empty(len(parts[0]) * memory_of_each)
     for part in parts:
