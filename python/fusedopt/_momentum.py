@@ -37,8 +37,8 @@ def fill(
     for matrix, place in places:
         group, state = matrix.group, states[matrix.param]
         streams = (place, gradient_of(matrix.param), local(state[BUFFER]))
-        is_looking_ahead = group["nesterov"] and 1 - number(group["momentum"])
-        key = (is_looking_ahead, bool(group.get("maximize")))
+        forget = 1 - number(group["momentum"]) if group["nesterov"] else None
+        key = (forget, bool(group.get("maximize")))
         if is_coded(state[BUFFER]):
             for rows, buffer in decoded_in_parts(state, BUFFER):
                 _fill([(place[rows], streams[1][rows], buffer)], factor, *key)
@@ -49,10 +49,13 @@ def fill(
 
 
 def _fill(
-    some: list[_Streams], factor: float | Tensor, forget: float | bool, maximize: bool
+    some: list[_Streams], factor: float | Tensor, forget: float | None, maximize: bool
 ) -> None:
-    """Fill places with the momentum, or with what it is to be after the same gradient again."""
-    if forget is False:
+    """Fill places with what the momentum is to be after the same gradient again.
+
+    Without a share of it to forget, as without Nesterov's look ahead, with the momentum as it is.
+    """
+    if forget is None:
         for place, _, buffer in some:
             place.copy_(buffer)
         return
