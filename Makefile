@@ -39,7 +39,7 @@ test: .venv/installed
 	$(RUN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 	$(RUN)/python -m pytest $(SIDE_BY_SIDE) --quiet --device emulated $(ON_DEVICES) $(ARGS)
 
-## make bench          what fusedopt gains on this machine; ARGS=--quick takes a minute
+## make bench          what fusedopt gains on this machine; ARGS=--quick takes a few minutes
 bench: .venv/installed
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m fusedopt.bench $(ARGS)
 

@@ -12,7 +12,7 @@ import torch
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m fusedopt.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rows, in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="few rows, in a few minutes")
     parser.add_argument("--every", action="store_true", help="all combinations; takes hours")
     parser.add_argument(
         "--rows",

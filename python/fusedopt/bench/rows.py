@@ -249,7 +249,7 @@ def main_rows(threads: int, device: str) -> Iterator[Row]:
 
 
 def quick_rows(threads: int, device: str) -> Iterator[Row]:
-    """Yield rows that take less than a minute together."""
+    """Yield rows that take a few minutes together."""
     for optimizer in optimizers():
         yield Row("10 x 1M", optimizer, threads=threads, device=device)
     for model, mode in (("ResNet-50", "plain"), ("ResNet-50", "clip"), ("1000 x 1K", "plain")):
