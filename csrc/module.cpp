@@ -22,7 +22,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<const std::string&, bool, const std::string&>(), py::arg("isa") = "",
            py::arg("fast_gather") = true, py::arg("device") = "cuda")
       .def("step", &Engine::step, py::arg("optimizer"), py::arg("known"), py::arg("groups"),
-           py::arg("threads"), py::arg("scaling"), py::arg("fallback"), py::arg("outside"))
+           py::arg("threads"), py::arg("scaling"), py::arg("fallback"), py::arg("outside"),
+           py::arg("watched") = py::none())
       .def("norm", &Engine::norm, py::arg("tensors"), py::arg("order"), py::arg("threads"))
       .def("apply", &Engine::apply, py::arg("rule"), py::arg("scalars"), py::arg("rows"),
            py::arg("threads"))

@@ -102,6 +102,23 @@ void run_finish(const FinishArgs& args) {
   finish<kNorm>(team, args, lanes);
 }
 
+void run_keep(const Launch&, const Args<WatchItem>& args) {
+  for (int64_t block = 0; block < args.units; ++block) {
+    Team team;
+    keep(team, args, block);
+  }
+}
+
+void run_watch(const Launch&, const Args<WatchItem>& args) {
+  constexpr int64_t kBlocks = kThreads / kNormLanes;
+  double lanes[kSums * kThreads];
+  Team team;
+  for (int64_t block = 0; block < (args.units + kBlocks - 1) / kBlocks; ++block) {
+    watch(team, args, block, lanes);
+  }
+  for (int64_t item = 0; item < args.item_count; ++item) join_blocks(team, args, item, lanes);
+}
+
 constexpr Kernels kKernels = {[](const Launch&, char* to, const std::string& table) {
                                 in_pages<kSmallBytes>(to, table, [](const auto& page) {
                                   for (int64_t i = 0; i < page.count + kThreads; ++i)
@@ -130,6 +147,8 @@ constexpr Kernels kKernels = {[](const Launch&, char* to, const std::string& tab
                                 for (int64_t i = 0; i < args.item_count + kThreads; ++i)
                                   advance(args, i);
                               },
+                              run_keep,
+                              run_watch,
                               [](int) { return std::string(); }};
 
 // What launches nothing: what is left of a step is the host's.
@@ -139,6 +158,8 @@ constexpr Kernels kIdle = {[](const Launch&, char*, const std::string&) {},
                            [](const Launch&, const Args<FoldItem>&) {},
                            [](const Launch&, int, int, const Args<UpdateItem>&) {},
                            [](const Launch&, const Args<UpdateItem>&) {},
+                           [](const Launch&, const Args<WatchItem>&) {},
+                           [](const Launch&, const Args<WatchItem>&) {},
                            kKernels.why_not};
 
 constexpr Kernels kOutdated = {kKernels.write,
@@ -147,6 +168,8 @@ constexpr Kernels kOutdated = {kKernels.write,
                                kKernels.fold,
                                kKernels.update,
                                kKernels.advance,
+                               kKernels.keep,
+                               kKernels.watch,
                                [](int) { return std::string("the driver is from another age"); }};
 
 }  // namespace

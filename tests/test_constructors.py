@@ -25,6 +25,7 @@ OPTIONS = {
     "master_weights": True,
     "stochastic_rounding": True,
     "seed": 7,
+    "track_statistics": 4,
 }
 
 # A valid value of each argument that is no class's default.

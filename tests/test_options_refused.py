@@ -34,6 +34,7 @@ DEFAULTS = {
     "master_weights": False,
     "stochastic_rounding": False,
     "seed": 0,
+    "track_statistics": False,
 }
 OTHERS = {
     "max_grad_norm": 0.25,
@@ -43,6 +44,7 @@ OTHERS = {
     "master_weights": True,
     "stochastic_rounding": True,
     "seed": 7,
+    "track_statistics": 4,
 }
 each_option = pytest.mark.parametrize("name", OTHERS)
 

@@ -37,11 +37,13 @@ PYTHON: Floors = (
     (OPTIMIZERS,),
     ("_matrices",),
     ("_base",),
+    ("_watch",),
     ("_clipping", "_fallback", "_from_torch", "_hooked"),
     ("_momentum", "_pending", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
     ("_batches", "_engine", "_options", "_ranks", "_stored"),
+    ("statistics",),
     ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards"),
 )
 

@@ -31,6 +31,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+#include "cpu/changes.h"
 #include "cpu/norms.h"
 #include "cpu/registers.h"
 #include "cpu/tiles.h"
@@ -123,7 +124,9 @@ constexpr Kernels kKernels = {
     kVectorBytes,
     kTable.entries,
     kTable.count,
-    {norm_blocks<SumOfSizes>, norm_blocks<SumOfSquares>, norm_blocks<Largest>}};
+    {norm_blocks<SumOfSizes>, norm_blocks<SumOfSquares>, norm_blocks<Largest>},
+    keep,
+    add_change};
 
 }  // namespace FUSEDOPT_ISA
 }  // namespace fusedopt

@@ -175,3 +175,5 @@ FUSEDOPT_FN void finish(Team& team, const FinishArgs& args, double* lanes) {
     if (args.decision) make_decision(args, lanes[0]);
   });
 }
+
+#include "cuda/watch.h"

@@ -141,6 +141,26 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   finish<kNorm>(team, args, lanes);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    keep_kernel(const __grid_constant__ Args<WatchItem> args) {
+  Team team;
+  keep(team, args, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    watch_kernel(const __grid_constant__ Args<WatchItem> args) {
+  __shared__ double lanes[kSums * kThreads];
+  Team team;
+  watch(team, args, blockIdx.x, lanes);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    join_kernel(const __grid_constant__ Args<WatchItem> args) {
+  __shared__ double lanes[kThreads];
+  Team team;
+  join_blocks(team, args, blockIdx.x, lanes);
+}
+
 // ---- every rule with every combination of its flags, in the order of the CPU's tables -----------
 
 struct RuleLaunches {
@@ -218,6 +238,17 @@ void launch_advance(const Launch& at, const Args<UpdateItem>& args) {
   launch(at, "advancing draws", advance_kernel, args, blocks_for(args.item_count));
 }
 
+void launch_keep(const Launch& at, const Args<WatchItem>& args) {
+  launch(at, "keeping parameters", keep_kernel, args, args.units);
+}
+
+void launch_watch(const Launch& at, const Args<WatchItem>& args) {
+  if (args.units != 0) {
+    launch(at, "launching statistics", watch_kernel, args, blocks_for(args.units * kNormLanes));
+  }
+  launch(at, "joining statistics", join_kernel, args, args.item_count);
+}
+
 std::string why_not(int device) try {
   const Guard guard(device);
   cudaFuncAttributes attributes;
@@ -229,8 +260,9 @@ std::string why_not(int device) try {
   return error.what();
 }
 
-constexpr Kernels kKernels = {launch_write,  launch_norm,    launch_finish, launch_fold,
-                              launch_update, launch_advance, why_not};
+constexpr Kernels kKernels = {launch_write, launch_norm,   launch_finish,
+                              launch_fold,  launch_update, launch_advance,
+                              launch_keep,  launch_watch,  why_not};
 
 }  // namespace
 

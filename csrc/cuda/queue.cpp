@@ -105,6 +105,25 @@ void Queue::norm(Norm norm, const std::vector<NormItem>& items, FinishArgs finis
   kernels_.finish(launch_, finish);
 }
 
+// ---- statistics ---------------------------------------------------------------------------------
+
+std::function<void()> Queue::watch(std::vector<WatchItem> items, const Decision* decision) const {
+  Table<WatchItem> table;
+  for (WatchItem& item : items) {
+    const int64_t size = item.param_dtype == DType::f64 ? sizeof(double) : sizeof(float);
+    item.before = allocate<char>(item.numel * size);
+    item.begin = table.units;
+    table.units += units_of(item.numel, kNormBlock);
+    table.add(item);
+  }
+  if (items.empty()) return [] {};
+  constexpr int64_t kSums = sizeof(Sums) / sizeof(double);
+  Args<WatchItem> args = arguments(table, decision);
+  args.sums = allocate<double>(table.units * kSums + 1);
+  if (args.units != 0) kernels_.keep(launch_, args);
+  return [args, kernels = &kernels_, launch = launch_] { kernels->watch(launch, args); };
+}
+
 // ---- updates ------------------------------------------------------------------------------------
 
 template <class T>

@@ -52,6 +52,10 @@ class Queue {
   // Updates all, in any order unless `in_order`.
   void update(const std::vector<Update>& updates, const Decision* decision, bool in_order) const;
 
+  // Keeps what these parameters are, and returns what adds up, once they are updated, what has
+  // become of them. (`begin` and `before` of an item are yet to be set.)
+  std::function<void()> watch(std::vector<WatchItem> items, const Decision* decision) const;
+
   template <class T>
   T* allocate(int64_t count) const {
     return reinterpret_cast<T*>(allocate_(count * int64_t{sizeof(T)}));

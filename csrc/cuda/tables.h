@@ -9,6 +9,7 @@
 #include <string>
 
 #include "engine/job.h"
+#include "engine/schedule.h"
 #include "engine/verdict.h"
 
 namespace fusedopt {
@@ -63,6 +64,19 @@ struct Parts {
   int32_t draws_back;  // 1: what takes the bits of the same draw has been launched before
 };
 
+// A parameter whose change by the updates of a step is to be known.
+struct WatchItem {
+  const char *param, *second, *grad;
+  char* before;  // it, as numbers, before the updates
+  Sums* row;     // where all goes
+  int64_t numel;
+  int64_t begin;  // the number of its first block, over the items of this launch
+  Rows rows;
+  DType param_dtype, grad_dtype;
+  bool in_blocks;  // blocks of sums begin where blocks of the states do
+  bool counts;     // elements that do not move
+};
+
 // A parameter whose scalars depend on a learning rate or a count of steps that the device has.
 struct FoldItem {
   float* step;     // steps taken so far, to be advanced; null: the host knows t
@@ -80,7 +94,7 @@ template <class Item>
 struct Args {
   const char* memory;        // null: the table is in `room`
   const char* scalars;       // of updates: null: they are in the table
-  double* sums;              // of norms: the blocks'
+  double* sums;              // of norms and of what is watched: the blocks'
   const Decision* decision;  // null: nothing was decided
   int64_t item_count;
   int64_t units;       // blocks of a norm, tiles of an update
@@ -188,6 +202,9 @@ struct Kernels {
   void (*fold)(const Launch&, const Args<FoldItem>&);
   void (*update)(const Launch&, int rule, int kind, const Args<UpdateItem>&);
   void (*advance)(const Launch&, const Args<UpdateItem>&);  // draws of random bits
+  // Before updates, and after them:
+  void (*keep)(const Launch&, const Args<WatchItem>&);
+  void (*watch)(const Launch&, const Args<WatchItem>&);
   std::string (*why_not)(int device);  // it or its driver does not take these kernels; or empty
 };
 

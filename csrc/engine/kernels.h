@@ -63,12 +63,27 @@ constexpr int64_t kNormJoin = 256;
 using NormBlocks = void (*)(const Stream& stream, int64_t first, int64_t count, const void* next,
                             double* blocks);
 
+// What an update changes of a parameter, as it is added up over a block of kNormBlock elements:
+// element i of the block to lane i % kChangeLanes, in double. A parameter with masters is those.
+constexpr int kChangeLanes = 16;
+struct ChangeLanes {
+  double param[kChangeLanes], update[kChangeLanes];  // squares: of what is there, and moved
+  int64_t unmoved;                                   // of 16-bit parameters, equal to before
+};
+// Keeps elements [first, first + count) as numbers: doubles of doubles, else floats;
+using Keep = void (*)(const Stream& param, int64_t first, int64_t count, void* numbers);
+// and adds up what has become of them: a multiple of kChangeLanes, unless they are the last ones.
+using AddChange = void (*)(const Stream& param, int64_t first, int64_t count, const void* before,
+                           ChangeLanes* to);
+
 struct Kernels {
   const char* isa;
   int vector_bytes;
   const Rule* rules;
   int rule_count;
   NormBlocks norms[3];  // by Norm
+  Keep keep;
+  AddChange add_change;
 };
 
 }  // namespace fusedopt

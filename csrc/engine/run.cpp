@@ -1,31 +1,14 @@
 #include "engine/run.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "engine/copy.h"
 #include "engine/parallel.h"
 #include "engine/walk.h"
 
 namespace fusedopt {
 
 // ---- one piece ----------------------------------------------------------------------------------
-
-// Copies `count` elements of `size` bytes between two strided places.
-static void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_stride,
-                         int64_t count, int64_t size) {
-  const auto copy = [&](auto word) {
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(&word, from + i * from_stride * size, sizeof(word));
-      std::memcpy(to + i * to_stride * size, &word, sizeof(word));
-    }
-  };
-  switch (size) {
-    case 1: return copy(uint8_t{});
-    case 2: return copy(uint16_t{});
-    case 4: return copy(uint32_t{});
-    default: return copy(uint64_t{});
-  }
-}
 
 // A piece of a job with a layout: gathered into small arrays, updated there, scattered back.
 static void update_strided(const Job& job, double factor, int64_t first, int64_t count) {
@@ -92,27 +75,31 @@ static bool has_array(const Piece& piece, int stream) {
   return !piece.job->layout && stream < piece.job->stream_count;
 }
 
-static void update_piece(const Piece& piece, const Piece& next, double factor) {
-  const Job& job = *piece.job;
-  int64_t first = piece.first, end = piece.first + piece.count;
-  if (job.in_blocks) {  // those that begin in the piece
-    first = job.origin.rows.next_block(first);
-    end = job.origin.rows.next_block(end);
-  }
-  const int64_t count = end - first;
+// Updates elements [first, end); what comes after is asked for ahead.
+static void update_elements(const Job& job, int64_t first, int64_t end, const Piece& next,
+                            double factor) {
   if (job.layout) {
-    update_strided(job, factor, first, count);
+    update_strided(job, factor, first, end - first);
   } else {
     const void* next_streams[kMaxStreams];
     for (int s = 0; s < job.stream_count; ++s) {
-      next_streams[s] = begin_of(has_array(next, s) ? next : piece, s);
+      next_streams[s] = begin_of(has_array(next, s) ? next : Piece{&job, first, 0, 0}, s);
     }
-    job.update(job.scalars, job.grad_scale * factor, job.streams, job.origin, first, count,
+    job.update(job.scalars, job.grad_scale * factor, job.streams, job.origin, first, end - first,
                next_streams);
   }
-  if (!job.then) return;
-  const Piece then{job.then, first, count, 0};
-  update_piece(then, then, 1);
+  if (job.then) update_elements(*job.then, first, end, {job.then, first, 0, 0}, 1);
+}
+
+// The elements of a piece that are updated with it: of blocks, those that begin there.
+static int64_t next_element(const Job& job, int64_t first) {
+  return job.in_blocks ? job.origin.rows.next_block(first) : first;
+}
+
+static void update_piece(const Piece& piece, const Piece& next, double factor) {
+  const Job& job = *piece.job;
+  update_elements(job, next_element(job, piece.first), next_element(job, piece.first + piece.count),
+                  next, factor);
 }
 
 // A block of a gradient with a layout, gathered into a small array.
@@ -141,6 +128,38 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
+// The same as update_piece, and what it adds up.
+static void watch_piece(const Piece& piece, const Piece& next, double factor, const Watch& watch,
+                        double* gradients) {
+  const Job& job = *piece.job;
+  const int64_t most = elements_between_sums(job);
+  for (int64_t at = 0; at < piece.count; at += kNormBlock) {
+    const int64_t length = std::min(piece.count - at, kNormBlock);
+    const Piece block{&job, piece.first + at, length, piece.block + at / kNormBlock};
+    Sums* const sums = watch.blocks->data() + block.block;
+    if (!watch.knows_gradients) {
+      norm_piece(watch.kernels->norms[static_cast<int>(Norm::two)], block, block, gradients);
+    }
+    sums->grad = gradients[block.block];
+    sums->nonfinite = 0;
+    if (is_nonfinite(sums->grad)) {
+      sums->nonfinite = static_cast<double>(count_nonfinite(job, block.first, length));
+    }
+    BlockChange change(*watch.kernels, job);
+    const int64_t end = next_element(job, block.first + length);
+    for (int64_t first = next_element(job, block.first); first < end;) {
+      const int64_t count = std::min(end - first, most);
+      const bool is_last = at + length == piece.count && first + count == end;
+      change.before(first, count);
+      update_elements(job, first, first + count, is_last ? next : Piece{&job, first + count, 0, 0},
+                      factor);
+      change.after(first, count);
+      first += count;
+    }
+    change.add_to(sums);
+  }
+}
+
 // Asks for the beginning of a piece, as far as the kernel does not that runs on the piece before:
 // it is too short, or knows nothing of what comes next.
 static void prefetch(const Piece& piece, const Piece& before) {
@@ -151,24 +170,6 @@ static void prefetch(const Piece& piece, const Piece& before) {
     const char* const begin = begin_of(piece, s);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
   }
-}
-
-// ---- joining the blocks of a norm ---------------------------------------------------------------
-
-static double join_all(Norm norm, const std::vector<double>& blocks) {
-  const auto join = [norm](double a, double b) {
-    if (norm != Norm::inf) return a + b;
-    return a > b || a != a ? a : b;  // NaN if either is
-  };
-  double lanes[kNormJoin] = {};
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    double& lane = lanes[i % kNormJoin];
-    lane = join(lane, blocks[i]);
-  }
-  for (int64_t half = kNormJoin / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) lanes[l] = join(lanes[l], lanes[l + half]);
-  }
-  return lanes[0];
 }
 
 // ---- all pieces ---------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ static void norms(const Schedule& schedule, int thread, Taken* taken, NormBlocks
   schedule.take_batches(thread, taken, /*backwards=*/false, read);
 }
 
-static void updates(const Schedule& schedule, int thread, Taken* taken, double factor) {
+static void updates(const Schedule& schedule, int thread, Taken* taken, double factor,
+                    const Watch* watch, double* gradients) {
   const bool back = schedule.backwards();
   schedule.take_batches(thread, taken, back, [&](const Piece* begin, const Piece* end) {
     const Piece* const first = &schedule.pieces().front();
@@ -205,7 +207,11 @@ static void updates(const Schedule& schedule, int thread, Taken* taken, double f
       const Piece* const piece = back ? end - 1 - i : begin + i;
       const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
       prefetch(*next, *piece);
-      update_piece(*piece, *next, factor);
+      if (watch) {
+        watch_piece(*piece, *next, factor, *watch, gradients);
+      } else {
+        update_piece(*piece, *next, factor);
+      }
     }
   });
 }
@@ -218,39 +224,50 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
   in_parallel(schedule.threads(), [&](int thread, int) {
     norms(schedule, thread, taken, kernels.norms[static_cast<int>(norm)], sums->data());
   });
-  return join_all(norm, *sums);
+  return join_blocks(norm, sums->data(), static_cast<int64_t>(sums->size()));
 }
 
-static void run_updates(const std::vector<Job>& jobs, int threads, double factor,
-                        Schedule* schedule) {
+static void run_updates(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
+                        double factor, Schedule* schedule, Sums* sums) {
   schedule->make(jobs, threads, Schedule::kUpdates);
   Taken* const taken = schedule->none_taken(Schedule::kUpdates);
-  in_parallel(schedule->threads(),
-              [&](int thread, int) { updates(*schedule, thread, taken, factor); });
+  const Watch watch{&kernels, false, sums ? schedule->sums_of_watch() : nullptr};
+  double* const gradients = sums ? schedule->sums_of_blocks()->data() : nullptr;
+  in_parallel(schedule->threads(), [&](int thread, int) {
+    updates(*schedule, thread, taken, factor, sums ? &watch : nullptr, gradients);
+  });
+  if (sums) watch.join(jobs, sums);
 }
 
-void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
+void run_updates(const Kernels& kernels, const std::vector<Job>& jobs, int threads, double factor,
+                 Sums* sums) {
   Schedule schedule;
-  run_updates(jobs, threads, factor, &schedule);
+  run_updates(kernels, jobs, threads, factor, &schedule, sums);
 }
 
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling, Schedule* schedule) {
+            const Scaling& scaling, Schedule* schedule, Sums* sums) {
   if (!scaling.needs_norm()) {
     const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor, schedule);
+    run_updates(kernels, jobs, threads, factor, schedule, sums);
     return {0, factor, false};
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
-  std::vector<double>* const sums = schedule->sums_of_blocks();
+  std::vector<double>* const squares = schedule->sums_of_blocks();
+  const Watch watch{&kernels, true, sums ? schedule->sums_of_watch() : nullptr};
   Taken* const read = schedule->none_taken(Schedule::kNorm);
   Taken* const updated = schedule->none_taken(Schedule::kUpdates);
   Verdict verdict{};
   in_parallel(schedule->threads(), [&](int thread, int) {
-    norms(*schedule, thread, read, kernels.norms[static_cast<int>(Norm::two)], sums->data());
-    together([&] { verdict = decide(scaling, join_all(Norm::two, *sums)); });
-    if (!verdict.skipped) updates(*schedule, thread, updated, verdict.factor);
+    norms(*schedule, thread, read, kernels.norms[static_cast<int>(Norm::two)], squares->data());
+    together([&] {
+      const auto count = static_cast<int64_t>(squares->size());
+      verdict = decide(scaling, join_blocks(Norm::two, squares->data(), count));
+    });
+    if (verdict.skipped) return;
+    updates(*schedule, thread, updated, verdict.factor, sums ? &watch : nullptr, squares->data());
   });
+  if (sums && !verdict.skipped) watch.join(jobs, sums);
   return verdict;
 }
 

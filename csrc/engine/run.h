@@ -4,16 +4,18 @@
 
 #include "engine/schedule.h"
 #include "engine/verdict.h"
+#include "engine/watch.h"
 
 namespace fusedopt {
 
 // What the norm adds up over the gradients of all jobs.
 double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs, int threads);
-// All updates, of gradients times `factor`.
-void run_updates(const std::vector<Job>& jobs, int threads, double factor);
+// All updates, of gradients times `factor`. `sums`: null, or one for each job.
+void run_updates(const Kernels& kernels, const std::vector<Job>& jobs, int threads, double factor,
+                 Sums* sums = nullptr);
 // The 2-norm, if that is needed, then, unless it is to be skipped, all updates. `schedule`, never
-// null, is kept from step to step.
+// null, is kept from step to step. `sums`, as above, are untouched by a step that is skipped.
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
-            const Scaling& scaling, Schedule* schedule);
+            const Scaling& scaling, Schedule* schedule, Sums* sums);
 
 }  // namespace fusedopt

@@ -9,6 +9,19 @@
 
 namespace fusedopt {
 
+// What is added up for statistics over a block, or over a parameter: squares, and counts. Python
+// reads them as a row of as many doubles (fusedopt._watch).
+struct Sums {
+  double grad, nonfinite;  // of the gradient as it arrived
+  double param, update;    // after the update; and its difference to what was there before
+  double unmoved;          // elements; NaN of a parameter in which they are not counted
+};
+
+// Of which parameters elements are counted that do not move: of 16 bits, without masters.
+constexpr bool counts_unmoved(DType param) {
+  return item_size(param) == 2 && second_size(param) == 0;
+}
+
 struct Piece {
   const Job* job;
   int64_t first, count;
@@ -60,6 +73,11 @@ class Schedule {
     sums_.resize(static_cast<size_t>(blocks_));
     return &sums_;
   }
+  // Of statistics, the same.
+  std::vector<Sums>* sums_of_watch() {
+    watched_.resize(static_cast<size_t>(blocks_));
+    return &watched_;
+  }
 
   // Calls f(begin, end) for batches of pieces that no thread has taken yet, until there are none:
   // those of each share from the first to the last, or backwards.
@@ -96,6 +114,7 @@ class Schedule {
   // has freed, which takes as long as a fifth of a step on many small tensors.
   std::vector<Taken> taken_[2];
   std::vector<double> sums_;
+  std::vector<Sums> watched_;
 };
 
 }  // namespace fusedopt

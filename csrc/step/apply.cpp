@@ -81,7 +81,7 @@ py::list Engine::apply(const std::string& rule_name, const std::vector<double>& 
   }
   {
     py::gil_scoped_release unlocked;
-    run_updates(jobs, threads, 1);
+    run_updates(kernels_, jobs, threads, 1);
   }
   return others;
 }
@@ -120,7 +120,7 @@ void Engine::update(const std::string& rule_name, int flags, const std::vector<d
     return;
   }
   py::gil_scoped_release unlocked;
-  run_updates(jobs, threads, 1);
+  run_updates(kernels_, jobs, threads, 1);
 }
 
 }  // namespace fusedopt

@@ -69,6 +69,12 @@ cuda::Kernels DeviceQueue::recording(const cuda::Kernels& kernels) {
   recording.advance = [](const Launch& at, const Args<cuda::UpdateItem>& args) {
     later(at, [=](const cuda::Kernels& made, const Launch& there) { made.advance(there, args); });
   };
+  recording.keep = [](const Launch& at, const Args<cuda::WatchItem>& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) { made.keep(there, args); });
+  };
+  recording.watch = [](const Launch& at, const Args<cuda::WatchItem>& args) {
+    later(at, [=](const cuda::Kernels& made, const Launch& there) { made.watch(there, args); });
+  };
   return recording;
 }
 

@@ -39,6 +39,12 @@ class DeviceQueue {
     queue_.update(updates, decision_, in_order);
   }
 
+  // Around updates: see cuda::Queue.
+  std::function<void()> watch(std::vector<cuda::WatchItem> items) const {
+    return queue_.watch(std::move(items), decision_);
+  }
+  int place() const { return place_; }  // of its memory: the device, or kHost if it is emulated
+
   // Makes all launches so far, without the GIL: while the device has many to do yet, one waits.
   void launch();
 
@@ -57,7 +63,7 @@ class DeviceQueue {
   char* keep(const py::object& tensor);
 
   const int device_;
-  const int place_;          // of its memory: the device, or kHost if it is emulated
+  const int place_;
   const bool is_capturing_;  // into a graph
   Held held_;
   int64_t* const usual_bytes_;

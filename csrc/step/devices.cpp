@@ -5,6 +5,7 @@
 #include "cpu/dispatch.h"
 #include "step/device_queue.h"
 #include "step/plan.h"
+#include "step/watched.h"
 
 namespace fusedopt {
 
@@ -36,6 +37,14 @@ std::vector<Job> StepPlan::jobs_on(int device) {
     if (memory_.entries[i].device == device) jobs.push_back(memory_.jobs[i]);
   }
   return jobs;
+}
+
+void StepPlan::write_rows(int device, const Watched& watched, const std::vector<Sums>& sums,
+                          Sums* rows) const {
+  auto next = sums.begin();
+  for (const Entry& entry : memory_.entries) {
+    if (entry.device == device) rows[watched.row_of(*entry.group, entry.index)] = *next++;
+  }
 }
 
 bool StepPlan::share_memory(int device) {
@@ -145,6 +154,30 @@ std::vector<cuda::Update> StepPlan::updates_after(int device) const {
                        /*draws_again=*/true});
   }
   return updates;
+}
+
+std::vector<cuda::WatchItem> StepPlan::watch_items(int device, const Watched& watched,
+                                                   Sums* rows) const {
+  std::vector<cuda::WatchItem> items;
+  for (size_t i = 0; i < memory_.entries.size(); ++i) {
+    const Entry& entry = memory_.entries[i];
+    if (entry.device != device) continue;
+    const Job& job = memory_.jobs[i];
+    const Stream &param = job.streams[kParam], &grad = job.streams[kGrad];
+    cuda::WatchItem item{};
+    item.param = param.data;
+    item.second = param.second;
+    item.grad = grad.data;
+    item.row = rows + watched.row_of(*entry.group, entry.index);
+    item.numel = job.numel;
+    item.rows = job.origin.rows;
+    item.param_dtype = param.dtype;
+    item.grad_dtype = grad.dtype;
+    item.in_blocks = job.in_blocks;
+    item.counts = counts_unmoved(param.dtype);
+    items.push_back(item);
+  }
+  return items;
 }
 
 }  // namespace fusedopt

@@ -8,6 +8,7 @@
 #include "step/device_queue.h"
 #include "step/known_groups.h"
 #include "step/plan.h"
+#include "step/watched.h"
 #if defined(FUSEDOPT_EMULATED_DEVICE)
 #include "emulated_device.h"
 #endif
@@ -74,11 +75,12 @@ static bool is_to_skip(const AskedScaling& asked) {
 
 py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py::sequence& sources,
                        int threads, const py::tuple& scaling_source, const py::object& fallback,
-                       const py::object& outside) const {
+                       const py::object& outside, const py::object& watcher) const {
   const AskedScaling asked(scaling_source);
   const auto state = py::cast<py::dict>(optimizer.attr("state"));
   std::deque<Group> groups = known->read(optimizer, sources, kernels_);
   StepPlan plan(kernels_, reader_, state, &groups, asked.may_skip(), spare_.get());
+  const Watched watched(watcher, groups);
   plan.collect(threads);
   const ParamReader& params = plan.params();
   if (params.uses_devices() || asked.has_tensors() || takes_long(plan)) plan.hold();
@@ -86,35 +88,42 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
   const bool in_parts = params.uses_devices() || plan.lacks_states() || !plan.later().empty() ||
                         !params.unsupported().empty() || !params.outside().empty();
   if (in_parts || is_to_skip(asked)) {
-    return step_in_parts(&plan, state, &groups, asked, threads, fallback, outside);
+    return step_in_parts(&plan, state, &groups, asked, threads, fallback, outside, watched);
   }
 
   const Scaling scaling = read_scaling(asked);
   plan.complete_states();
+  Sums* const rows = watched.rows(kHost);
+  std::vector<Sums> sums(rows ? plan.jobs().size() : 0);
   Verdict verdict;
   {
     std::optional<py::gil_scoped_release> unlocked;
     if (params.holds()) unlocked.emplace();
-    verdict = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
+    verdict =
+        run(kernels_, plan.jobs(), threads, scaling, plan.schedule(), rows ? sums.data() : nullptr);
   }
-  if (!verdict.skipped) plan.advance();
+  if (!verdict.skipped) {
+    if (rows) plan.write_rows(kHost, watched, sums, rows);
+    plan.advance();
+  }
   return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped);
 }
 
 void Engine::step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
-                        bool may_skip, DeviceQueues* queues, int threads, double factor) const {
+                        bool may_skip, DeviceQueues* queues, int threads, double factor,
+                        const Watched& watched) const {
   while (!later.empty()) {
     StepPlan plan(kernels_, reader_, state, groups, may_skip, spare_.get());
     plan.collect_again(later);
     plan.fold_scalars();
-    update_parts(&plan, queues, threads, factor);
+    update_parts(&plan, queues, threads, factor, watched);
     later = plan.later();
   }
 }
 
 py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::deque<Group>* groups,
                                 const AskedScaling& asked, int threads, const py::object& fallback,
-                                const py::object& outside) const {
+                                const py::object& outside, const Watched& watched) const {
   DeviceQueues queues;
   for (const int device : plan->devices()) {
     queues.emplace_back(*device_kernels_, reader_, device, &plan->on(device)->bytes);
@@ -173,23 +182,34 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
 
   const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
-  update_parts(plan, &queues, threads, factor);
-  step_later(plan->later(), state, groups, asked.may_skip(), &queues, threads, factor);
+  update_parts(plan, &queues, threads, factor, watched);
+  step_later(plan->later(), state, groups, asked.may_skip(), &queues, threads, factor, watched);
   return py::make_tuple(norm, skipped);
 }
 
-void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, double factor) const {
+void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, double factor,
+                          const Watched& watched) const {
+  Sums* const rows = plan->count_on(kHost) != 0 ? watched.rows(kHost) : nullptr;
   plan->complete_states();
   for (DeviceQueue& queue : *queues) {
     const bool in_order = plan->share_memory(queue.device());
+    std::function<void()> add_up = [] {};
+    if (Sums* const there = watched.rows(queue.place())) {
+      add_up = queue.watch(plan->watch_items(queue.device(), watched, there));
+    }
     queue.update(plan->updates(queue.device(), factor), in_order);
     queue.update(plan->updates_after(queue.device()), in_order);
+    add_up();
   }
   for (DeviceQueue& queue : *queues) queue.launch();
   if (plan->count_on(kHost) != 0) {
     const std::vector<Job> on_host = plan->jobs_on(kHost);
-    py::gil_scoped_release unlocked;
-    run_updates(on_host, threads, factor);
+    std::vector<Sums> sums(rows ? on_host.size() : 0);
+    {
+      py::gil_scoped_release unlocked;
+      run_updates(kernels_, on_host, threads, factor, rows ? sums.data() : nullptr);
+    }
+    if (rows) plan->write_rows(kHost, watched, sums, rows);
   }
   plan->advance();
 }

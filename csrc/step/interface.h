@@ -16,6 +16,7 @@ class DeviceQueue;
 class Group;
 class KnownGroups;
 class StepPlan;
+class Watched;
 struct Repeat;
 struct PlanMemory;
 
@@ -32,11 +33,13 @@ class Engine {
   // of this optimizer found of them, and `scaling` is a fusedopt._engine.Scaling.
   //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
   //     their gradients times factor;
-  //   outside(gradients) returns the sum of squares of gradients that need Python for it.
+  //   outside(gradients) returns the sum of squares of gradients that need Python for it;
+  //   watched, None or a fusedopt._watch.Part, gets a row of statistics for each parameter that a
+  //     kernel has stepped.
   // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
   py::tuple step(const py::object& optimizer, KnownGroups* known, const py::sequence& groups,
                  int threads, const py::tuple& scaling, const py::object& fallback,
-                 const py::object& outside) const;
+                 const py::object& outside, const py::object& watched) const;
 
   // What the norm of order 1, 2 or infinity adds up over the tensors on the CPU; what it adds up
   // over those on each device, as tensors there; and tensors that it needs Python for.
@@ -65,13 +68,14 @@ class Engine {
   // and then all updates have only a factor.
   py::tuple step_in_parts(StepPlan* plan, const py::dict& state, std::deque<Group>* groups,
                           const AskedScaling& asked, int threads, const py::object& fallback,
-                          const py::object& outside) const;
+                          const py::object& outside, const Watched& watched) const;
   // What is left once the factor of the gradients is known, here or there.
-  void update_parts(StepPlan* plan, std::deque<DeviceQueue>* queues, int threads,
-                    double factor) const;
+  void update_parts(StepPlan* plan, std::deque<DeviceQueue>* queues, int threads, double factor,
+                    const Watched& watched) const;
   // Steps what a plan has set aside, which is to find what it has left.
   void step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
-                  bool may_skip, std::deque<DeviceQueue>* queues, int threads, double factor) const;
+                  bool may_skip, std::deque<DeviceQueue>* queues, int threads, double factor,
+                  const Watched& watched) const;
 
   const Kernels& kernels_;
   const cuda::Kernels* device_kernels_;

@@ -47,6 +47,8 @@ struct PlanMemory {
   std::map<int, OnDevice> devices;
 };
 
+class Watched;
+
 class StepPlan {
  public:
   // may_skip: see ParamReader.
@@ -77,6 +79,9 @@ class StepPlan {
   std::vector<int> devices();
   size_t count_on(int device);  // or kHost: the parameters there
   std::vector<Job> jobs_on(int device);
+  // Puts what was added up of each of these jobs where it belongs.
+  void write_rows(int device, const Watched& watched, const std::vector<Sums>& sums,
+                  Sums* rows) const;
   OnDevice* on(int device) { return &memory_.devices[device]; }
   bool share_memory(int device);  // see Overlaps
   // Throws if a graph of this step would repeat what the CPU has decided for this one alone.
@@ -86,6 +91,7 @@ class StepPlan {
   std::vector<cuda::NormItem> norm_items(int device);
   std::vector<cuda::Update> updates(int device, double factor);
   std::vector<cuda::Update> updates_after(int device) const;  // Lookahead's
+  std::vector<cuda::WatchItem> watch_items(int device, const Watched& watched, Sums* rows) const;
 
  private:
   void collect_usual(int threads);

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt import _core, _engine, _norms, _operators, _ranks
-from fusedopt._clipping import NOTHING, Clips, decide
+from fusedopt._clipping import NOTHING, decide
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
-from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
 from fusedopt._stored import SLOW, have_no_sign
+from fusedopt._watch import Watches
 
 SEE_FUSED = (  # in a class docstring
     "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
@@ -27,7 +27,7 @@ SEE_FUSED = (  # in a class docstring
 )
 
 
-class Fused(Clips, FallsBack, Hooked, FromTorch):
+class Fused(Watches, Hooked, FromTorch):
     """Base of the fused optimizers, ahead of the torch class of the same name.
 
     A subclass says which rule steps a param group (`_rule`) and folds its hyper-parameters into
@@ -53,11 +53,14 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             as is fair, where to nearest an update of less than half a digit is lost.
         seed: of all random bits, which are the same on every machine, and for any number of ranks
             that have rows of a DTensor each.
+        track_statistics: let each step find out `statistics` of what it does to each parameter; an
+            integer n, every n-th step. ``request_statistics()`` asks for those of the next one.
         **kwargs: the torch class's.
 
     Raises:
-        ValueError: max_grad_norm is negative or NaN, or state_dtype none of these; or a param group
-            has one of these options, or was made for another optimizer that has them.
+        ValueError: max_grad_norm is negative or NaN, state_dtype none of these, or track_statistics
+            negative; or a param group has one of these options, or was made for another optimizer
+            that has them.
         RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 
@@ -76,6 +79,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
         **kwargs: Any,
     ) -> None:
         options = {
@@ -86,6 +90,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "track_statistics": track_statistics,
         }
         check_options(options)
         refuse_groups_of_another(params, options)
@@ -168,6 +173,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
                 loss = closure()
         pending = self._still_pending()
         scaling = self._scaling(pending)
+        self._begin_watch(scaling)
         asked = scaling.max_norm is not None or self.defaults.get("skip_nonfinite", False)
         norm: float | Tensor
         skipped: bool | Tensor
@@ -180,6 +186,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         self._norm = norm if asked else pending.norm
         self._pending = NOTHING
         self._skipped = skipped
+        if self._watch is not None or "track_statistics" in self.defaults:
+            self._end_watch(skipped)
         if skipped is not False:
             self._count_skipped(skipped)
         return loss
@@ -217,6 +225,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             scaling,
             lambda unsupported, factor: self._fall_back(groups, unsupported, factor),
             lambda gradients: _norms.power_sum(gradients, 2),
+            self._watched(groups),
         )
 
     def _update_by_operators(
@@ -236,6 +245,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         is_known = skip is not None and not _operators.has_no_values(skip)
         if decided is None or (is_known and bool(skip)):
             return norm, True
+        self._watched(groups)
         self._fall_back(groups, with_gradient, decided.coefficient, warns=False)
         return norm, False
 
@@ -270,20 +280,6 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         lr = group["lr"]
         there = isinstance(lr, Tensor) and _is_read_there(lr)
         return lr if there and on_device(next(iter(group["params"]), None)) else number(lr)
-
-    def _create_state_in(self, group: dict[str, Any], p: Tensor) -> None:
-        self._create_state(self._rule(group), p, bool(group.get("capturable")))
-
-    def _move_count(self, p: Tensor, steps: float | None, to_device: bool) -> None:
-        """Put so many steps into the state of a parameter, on its device or on the CPU.
-
-        With None, those that it has on its device, in float32.
-        """
-        state, device = self.state[p], p.device if to_device else "cpu"
-        if steps is None:  # nobody waits for them
-            state["step"] = state["step"].to(torch.float32)
-        else:
-            state["step"] = torch.full((), steps, dtype=torch.float32, device=device)
 
 
 _params_of = itemgetter("params")

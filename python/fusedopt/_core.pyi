@@ -42,6 +42,7 @@ class Engine:
         scaling: Any,
         fallback: Callable[[list[tuple[int, Tensor]], float], None],
         outside: Callable[[list[Tensor]], float | Tensor],
+        watched: Any = None,
     ) -> tuple[float | Tensor, bool | Tensor]: ...
     def norm(
         self, tensors: Sequence[Tensor], order: float, threads: int

@@ -164,7 +164,8 @@ def _scaled_gradients(params: Sequence[Tensor], factor: float | Tensor) -> Itera
     try:
         for p, gradient in zip(params, gradients, strict=True):
             if gradient is not None and (isinstance(factor, Tensor) or factor != 1):
-                p.grad = gradient * factor
+                # (Of two without dimensions, a float64 factor would make a float64.)
+                p.grad = (gradient * factor).to(gradient.dtype)
         yield
     finally:
         for p, gradient in zip(params, gradients, strict=True):

@@ -21,6 +21,9 @@ def check_options(options: dict[str, Any]) -> None:
     if not callable(options.get("state_dtype")):
         check_state_dtype(options.get("state_dtype"))
     check_seed(options.get("seed", 0))
+    every = options.get("track_statistics", False)
+    if not isinstance(every, int) or every < 0:
+        raise ValueError(f"Invalid track_statistics: {every!r}, expected a bool, or an integer n")
 
 
 class FromTorch(Stores):

@@ -218,7 +218,8 @@ class StepsMatrices(Fused):
             )
             group[_SHAPE] = shape
             group["params"].append(matrix.param)
-        with gradients(places):
+        pairs = [(matrix.group_index, matrix.param) for matrix, _ in places]
+        with self._watch_change(pairs, skip), gradients(places):
             _engine.engine.step(
                 self,
                 _core.KnownGroups(),

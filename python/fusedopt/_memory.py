@@ -13,23 +13,24 @@ from torch import Tensor
 
 
 @cache
-def _device(index: int) -> torch.device:
+def device_of(index: int) -> torch.device:
+    """Return the device of this number."""
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)
 
 
 def empty(device: int, size: int) -> Tensor:
     """Return memory of so many bytes."""
-    return torch.empty(size, dtype=torch.uint8, device=_device(device))
+    return torch.empty(size, dtype=torch.uint8, device=device_of(device))
 
 
 def scalar(device: int, dtype: str) -> Tensor:
     """Return a 0-dim tensor of unset contents."""
-    return torch.empty((), dtype=getattr(torch, dtype), device=_device(device))
+    return torch.empty((), dtype=getattr(torch, dtype), device=device_of(device))
 
 
 def gather(numbers: Sequence[Tensor], device: int) -> Tensor:
     """Return one-element tensors of any devices as a float64 tensor, without waiting for them."""
-    at = _device(device)
+    at = device_of(device)
     there = [x.detach().reshape(()).to(at, torch.float64, non_blocking=True) for x in numbers]
     return torch.stack(there)
 

@@ -44,6 +44,15 @@ def _engine_sum(
 
 
 @torch.no_grad()
+def sum_of_squares(x: Tensor) -> float | Tensor:
+    """Return it in float64, of real numbers: with the same bits for any number of threads."""
+    if _operators.must_be_seen([x]):
+        return x.double().square().sum()
+    total, others = _engine_sum([x], 2)
+    return total + power_sum(others, 2) if others else total
+
+
+@torch.no_grad()
 def power_sum(tensors: Sequence[Tensor], norm_type: float) -> float | Tensor:
     """Return what the norm adds up over tensors that the engine alone cannot treat."""
     shared: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}

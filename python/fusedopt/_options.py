@@ -66,6 +66,7 @@ class HasOptions(Optimizer):
     master_weights = Option[bool](False)
     stochastic_rounding = Option[bool](False)
     seed = Option[int](0)
+    track_statistics = Option[bool | int](False)
 
     _asked: dict[str, Any] | None = None  # options, while the constructor makes the groups
 

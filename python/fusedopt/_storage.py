@@ -44,6 +44,7 @@ class Stores(Masters):
 
     _made_by_zero: bool
     _lookahead: Any
+    _rule: Callable[[dict[str, Any]], Rule]
 
     # ---- making states -----------------------------------------------------------------------
 
@@ -114,6 +115,20 @@ class Stores(Masters):
         for key, function in make.items():
             value = state.pop(key, None)
             state[key] = function() if value is None else value
+
+    def _create_state_in(self, group: dict[str, Any], p: Tensor) -> None:
+        self._create_state(self._rule(group), p, bool(group.get("capturable")))
+
+    def _move_count(self, p: Tensor, steps: float | None, to_device: bool) -> None:
+        """Put so many steps into the state of a parameter, on its device or on the CPU.
+
+        With None, those that it has on its device, in float32.
+        """
+        state, device = self.state[p], p.device if to_device else "cpu"
+        if steps is None:  # nobody waits for them
+            state["step"] = state["step"].to(torch.float32)
+        else:
+            state["step"] = torch.full((), steps, dtype=torch.float32, device=device)
 
     def _slow(self, p: Tensor) -> Tensor:
         if self._has_master(p):

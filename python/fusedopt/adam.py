@@ -112,6 +112,7 @@ class Adam(Fused, torch.optim.Adam):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         super().__init__(
             params,
@@ -133,6 +134,7 @@ class Adam(Fused, torch.optim.Adam):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -220,6 +222,7 @@ class AdamW(Adam, torch.optim.AdamW):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         # Past that of Adam: torch's AdamW says by itself that the decay is decoupled.
         super(Adam, self).__init__(
@@ -241,4 +244,5 @@ class AdamW(Adam, torch.optim.AdamW):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )

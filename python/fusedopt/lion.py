@@ -58,6 +58,7 @@ class Lion(Fused, Optimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -79,6 +80,7 @@ class Lion(Fused, Optimizer):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ class Muon(StepsMatrices, _AnyMatrices):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         defaults = checked_defaults(
             lr=lr,
@@ -122,6 +123,7 @@ class Muon(StepsMatrices, _AnyMatrices):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
         self._set_ns_dtype(ns_dtype)
 

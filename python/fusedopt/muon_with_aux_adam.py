@@ -73,6 +73,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         for_both: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         muon = checked_defaults(
@@ -97,6 +98,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
         self._set_ns_dtype(ns_dtype)
 

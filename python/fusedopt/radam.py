@@ -78,6 +78,7 @@ class RAdam(Fused, torch.optim.RAdam):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         super().__init__(
             params,
@@ -97,6 +98,7 @@ class RAdam(Fused, torch.optim.RAdam):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:

@@ -77,6 +77,7 @@ class GradientRelease:
             groups.append(group)
         around = optimizer._lookahead  # a step with a closure may be under way
         optimizer._lookahead = self._lookahead
+        optimizer._begin_watch(scaling)
         try:
             optimizer._update(groups, scaling)
         finally:

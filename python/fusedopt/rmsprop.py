@@ -74,6 +74,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_statistics: bool | int = False,
     ) -> None:
         super().__init__(
             params,
@@ -94,6 +95,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
             master_weights=master_weights,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
+            track_statistics=track_statistics,
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:

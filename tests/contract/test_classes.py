@@ -31,6 +31,7 @@ ADDITIONS = {
     "master_weights",
     "stochastic_rounding",
     "seed",
+    "track_statistics",
 }
 
 

@@ -1,4 +1,4 @@
-"""Lightning: let the Trainer's ``gradient_clip_val`` clip inside the step.
+"""Lightning: the Trainer's ``gradient_clip_val`` inside the step, and statistics of steps logged.
 
 Nothing of Lightning is imported: this is for ``lightning.pytorch`` and ``pytorch_lightning``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedopt.integrations import fused_inside
+from fusedopt.statistics import Statistics
 
 # Precision plugins that clip by torch's function. Those of FSDP, DeepSpeed and others do not.
 _PLAIN = {"Precision", "DoublePrecision", "HalfPrecision", "MixedPrecision"}
@@ -52,3 +53,30 @@ class FusedClipping:
             )
         else:
             fused.clip_grad_norm_(max_norm)
+
+
+class LogsStatistics:
+    """A mixin ahead of LightningModule that logs statistics of steps (``track_statistics``).
+
+    They go to the Trainer's loggers, each as ``statistics/`` and a name, at the Trainer's
+    ``global_step``. A step that has none, and an optimizer that is not of fusedopt, log nothing.
+
+    Write ``class Model(LogsStatistics, LightningModule)``.
+    """
+
+    trainer: Any  # LightningModule's
+    _seen_statistics: tuple[Statistics | None, ...] = ()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the steps of this batch have found out; called by Lightning."""
+        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]  # of LightningModule
+        all_fused = filter(None, map(fused_inside, self.trainer.optimizers))
+        found = tuple(fused.statistics for fused in all_fused)
+        for statistics in found:
+            if statistics is not None and all(
+                statistics is not old for old in self._seen_statistics
+            ):
+                numbers = statistics.to_dict("statistics/")
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(numbers, step=self.trainer.global_step)
+        self._seen_statistics = found

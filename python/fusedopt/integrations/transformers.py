@@ -1,15 +1,17 @@
-"""Transformers: let the Trainer's ``max_grad_norm`` clip inside the step."""
+"""Transformers: the Trainer's ``max_grad_norm`` inside the step, and statistics of steps logged."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from fusedopt import _norms
 from fusedopt.integrations import fused_inside
+from fusedopt.statistics import Statistics
 
 
 class FusedClipping(Trainer):  # type: ignore[misc]  # mypy does not see transformers
@@ -54,3 +56,31 @@ class FusedClipping(Trainer):  # type: ignore[misc]  # mypy does not see transfo
         norm = _norms.total_norm([p.grad for p in model.parameters() if p.grad is not None], 2.0)
         optimizer.clip_grads_with_norm_(max_norm, norm)
         return norm
+
+
+class StatisticsCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not see transformers
+    """A callback that hands on the statistics of steps that have some (``track_statistics``).
+
+    With ``log=lambda numbers, step: trainer.log(numbers)``, they go where the Trainer reports.
+
+    Args:
+        log: takes a dict of names to numbers, and the number of the step: ``wandb.log``, say.
+        prefix: of the names.
+    """
+
+    def __init__(
+        self, log: Callable[[dict[str, float], int], object], prefix: str = "statistics/"
+    ) -> None:
+        self._log = log
+        self._prefix = prefix
+        self._seen: Statistics | None = None
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Log what the step has found out; called by the Trainer after each one."""
+        fused = fused_inside(optimizer)
+        statistics = None if fused is None else fused.statistics
+        if statistics is not None and statistics is not self._seen:
+            self._seen = statistics
+            self._log(statistics.to_dict(self._prefix), state.global_step + 1)

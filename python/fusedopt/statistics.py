@@ -1,0 +1,293 @@
+"""Statistics of a step: what it has done to each parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedopt import _memory
+from fusedopt._shards import is_distributed
+
+# What a row has, all in float64 (csrc/engine/schedule.h: Sums): sums of squares, and counts.
+GRAD, NONFINITE, PARAM, UPDATE, UNMOVED = range(5)
+_COLUMNS = 5
+
+Listing = list[tuple[Sequence[Tensor], Sequence[str] | None]]
+
+
+def _listing_of(groups: list[dict[str, Any]]) -> Listing:
+    """Return parameters and names of each group."""
+    return [(group["params"], group.get("param_names")) for group in groups]
+
+
+class Part:
+    """Statistics of one call into the engine: a row for each parameter that is listed.
+
+    What has not been stepped has a row of NaN.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.groups = _listing_of(groups)
+        self.tables: dict[torch.device, Tensor] = {}
+        self._rows: dict[tuple[int, int], list[int]] | None = None
+
+    def table(self, place: int) -> Tensor:
+        """Return the rows on a device, for csrc/step/watched.h, which fills them."""
+        return self._table_on(_memory.device_of(place))
+
+    def put(self, index: int, p: Tensor, column: int, value: float | Tensor) -> None:
+        """Put a number, which nobody waits for, into the rows of p in the group of this index."""
+        table = self._table_on(p.device)
+        for row in self._rows_of(index, p):
+            table[row, column] = value
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        table = self.tables.get(device)
+        if table is None:
+            count = sum([len(params) for params, _ in self.groups])
+            table = torch.full((count, _COLUMNS), math.nan, dtype=torch.float64, device=device)
+            self.tables[device] = table
+        return table
+
+    def _rows_of(self, index: int, p: Tensor) -> list[int]:
+        if self._rows is None:
+            self._rows = {}
+            row = 0
+            for i, (params, _) in enumerate(self.groups):
+                for each in params:
+                    self._rows.setdefault((i, id(each)), []).append(row)
+                    row += 1
+        return self._rows[index, id(p)]
+
+
+class Statistics:
+    r"""What one step has done to each parameter that had a gradient.
+
+    Vectors in float64 on the parameters' device, in the order of the parameters; what is listed
+    twice is there twice. They are computed in the pass of the step; nothing is waited for before
+    one is read. Of a DTensor they are those of the whole tensor: then reading the first one is
+    a collective operation, which every rank has to join. Of parameters that ranks split in another
+    way (FSDP1, ZeroRedundancyOptimizer), each rank has statistics of what it steps.
+
+    A skipped step has the statistics of the gradients that it was skipped for, with
+    :math:`\|\Delta p\| = 0`, and none is ``unmoved``: no step was taken.
+
+    A step that was captured into a CUDA graph writes its vectors anew in each replay; read them
+    from a copy of this object that nobody has read before (``copy.copy``).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], unscale: float | Tensor = 1.0) -> None:
+        self._listing = _listing_of(groups)
+        self._unscale = unscale
+        self._parts: list[Part] = []
+        self._read: _Rows | None = None
+
+    # ---- while a step is made ----------------------------------------------------------------
+
+    def part_of(self, groups: list[dict[str, Any]]) -> Part:
+        """Return where statistics of some of the parameters go."""
+        self._parts.append(Part(groups))
+        return self._parts[-1]
+
+    @property
+    def last_part(self) -> Part:
+        """What was returned last."""
+        return self._parts[-1]
+
+    def forget_parts(self) -> None:
+        """Begin anew."""
+        self._parts.clear()
+
+    # ---- afterwards --------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters: those that the optimizer was given, or ``group0.param3``."""
+        return self._rows.names
+
+    @property
+    def numel(self) -> Tensor:
+        """How many elements each parameter has, int64."""
+        return self._rows.numel
+
+    @property
+    def grad_norm(self) -> Tensor:
+        r""":math:`\|g\|_2`: of the gradient as it arrived, unscaled, before clipping."""
+        return self._rows.sums[:, GRAD].sqrt() * self._rows.unscale
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """How many elements of the gradient are infinite or NaN, int64."""
+        return self._rows.sums[:, NONFINITE].long()
+
+    @property
+    def param_norm(self) -> Tensor:
+        r""":math:`\|p\|_2` after the step; of 16-bit parameters with masters, that of the masters.
+
+        So it is with `update_norm`.
+        """
+        return self._rows.sums[:, PARAM].sqrt()
+
+    @property
+    def update_norm(self) -> Tensor:
+        r""":math:`\|\Delta p\|_2`: what the parameter is after the step, minus what it was before.
+
+        Without masters, a 16-bit parameter is as it is stored: what rounding has lost of the update
+        is not in it.
+        """
+        return self._rows.sums[:, UPDATE].sqrt()
+
+    @property
+    def update_ratio(self) -> Tensor:
+        r""":math:`\|\Delta p\|_2 / \|p\|_2`."""
+        return self.update_norm / self.param_norm
+
+    @property
+    def unmoved(self) -> Tensor:
+        """How many elements of a 16-bit parameter without masters the step has left as they were.
+
+        NaN of any other parameter, in which they are not counted.
+        """
+        return self._rows.sums[:, UNMOVED]
+
+    @property
+    def unmoved_share(self) -> Tensor:
+        """`unmoved` over the number of elements, NaN for an empty parameter."""
+        return self.unmoved / self._rows.counted
+
+    def groups(self) -> Statistics:
+        """Return the statistics of each param group as a whole, ``group0`` and so on."""
+        numbers = sorted(set(self._rows.groups))
+        places = [numbers.index(number) for number in self._rows.groups]
+        return self._joined(places, numbers, [f"group{number}" for number in numbers])
+
+    def total(self) -> Statistics:
+        """Return the statistics of all parameters as a whole."""
+        return self._joined([0] * len(self.names), [0], ["all"])
+
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """Return all as numbers: what ``wandb.log`` or TensorBoard's ``add_scalars`` takes.
+
+        Waits for the step.
+
+        Args:
+            prefix: of the keys: ``prefix`` + ``grad_norm/layer.weight``. There are grad_norm,
+                param_norm, update_norm, update_ratio, nonfinite and, where it is counted,
+                unmoved_share.
+        """
+        vectors = {name: getattr(self, name).tolist() for name in _VECTORS}
+        return {
+            f"{prefix}{vector}/{name}": value
+            for vector, values in vectors.items()
+            for name, value in zip(self.names, values, strict=True)
+            if vector != "unmoved_share" or not math.isnan(value)
+        }
+
+    def __repr__(self) -> str:
+        return f"Statistics of {len(self.names)} parameters"
+
+    def _joined(self, places: list[int], groups: list[int], names: list[str]) -> Statistics:
+        """Return the sums of what has the same place."""
+        rows, joined = self._rows, Statistics([])
+        place = torch.tensor(places, dtype=torch.int64, device=rows.sums.device)
+
+        def add(x: Tensor) -> Tensor:
+            return x.new_zeros(len(names), *x.shape[1:]).index_add_(0, place, x)
+
+        sums, counted = add(rows.sums), add(rows.counted)
+        sums[:, UNMOVED] = add(rows.sums[:, UNMOVED].nan_to_num(0.0)).where(counted > 0, math.nan)
+        joined._read = _Rows(names, groups, add(rows.numel), counted, sums, rows.unscale)
+        return joined
+
+    @property
+    def _rows(self) -> _Rows:
+        if self._read is None:
+            self._read = _read(self._listing, self._parts, self._unscale)
+            self._listing, self._parts = [], []  # which know the parameters
+        return self._read
+
+
+_VECTORS = (
+    "grad_norm",
+    "param_norm",
+    "update_norm",
+    "update_ratio",
+    "nonfinite",
+    "unmoved_share",
+)
+
+
+class _Rows(NamedTuple):
+    """What was found of the parameters that had a gradient."""
+
+    names: list[str]
+    groups: list[int]
+    """The number of each one's group."""
+    numel: Tensor
+    counted: Tensor
+    """How many of these elements are counted if they do not move."""
+    sums: Tensor
+    unscale: float | Tensor
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _read(listing: Listing, parts: list[Part], unscale: float | Tensor) -> _Rows:
+    """Put the rows of all parts together, in the order of the listing."""
+    places: dict[int, list[tuple[int, int, str]]] = {}
+    count = 0
+    for number, (params, given) in enumerate(listing):
+        names = given or [f"group{number}.param{i}" for i in range(len(params))]
+        for p, name in zip(params, names, strict=True):
+            places.setdefault(id(p), []).append((count, number, name))
+            count += 1
+    found: list[tuple[tuple[int, int, str], Tensor, Tensor]] = []
+    for part in parts:
+        params = [p for some, _ in part.groups for p in some]
+        for table in part.tables.values():
+            filled = (~table[:, NONFINITE].isnan()).tolist()
+            for p, row, is_filled in zip(params, table.unbind(), filled, strict=True):
+                if is_filled:  # the first place of several comes first
+                    at = places[id(p)]
+                    found.append((at.pop(0) if len(at) > 1 else at[0], p, row))
+    found.sort(key=lambda each: each[0][0])
+    params = [p for _, p, _ in found]
+    device = params[0].device if params else None
+    sums = (
+        torch.stack([row.to(device) for _, _, row in found])
+        if found
+        else torch.zeros(0, _COLUMNS, dtype=torch.float64)
+    )
+    _reduce(params, sums)
+    numel = torch.tensor([p.numel() for p in params], dtype=torch.int64, device=device)
+    return _Rows(
+        names=[name for (_, _, name), _, _ in found],
+        groups=[number for (_, number, _), _, _ in found],
+        numel=numel,
+        counted=numel.where(~sums[:, UNMOVED].isnan(), 0),
+        sums=sums,
+        unscale=unscale.to(device) if isinstance(unscale, Tensor) else unscale,
+    )
+
+
+def _reduce(params: list[Any], sums: Tensor) -> None:
+    """Add up what the ranks have found of their parts of DTensors."""
+    shared: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for i, p in enumerate(params):
+        if is_distributed(p):
+            dims = tuple(d for d, where in enumerate(p.placements) if not where.is_replicate())
+            shared.setdefault((p.device_mesh, dims), []).append(i)
+    if not shared:
+        return
+    import torch.distributed as dist  # noqa: PLC0415  (not in every build of torch)
+
+    for (mesh, dims), rows in shared.items():
+        of_all = sums[rows]
+        for dim in dims:
+            dist.all_reduce(of_all, group=mesh.get_group(dim))
+        sums[rows] = of_all
