@@ -1,6 +1,7 @@
 // One rule over arrays that a vector type can load. Included inside the ISA's namespace.
 #pragma once
 
+#include "cpu/sums.h"
 #include "numeric/vec.h"
 
 // What lies a fixed distance after element `at` in the array of n elements or, past its end, in the
@@ -18,24 +19,29 @@ FUSEDOPT_FN void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
-// kAhead: ask for memory ahead; otherwise, all is in cache.
-template <class V, bool kAhead, class T, class Stored, class Rule>
+// kAhead: ask for memory ahead; otherwise, all is in cache. kAdds: add what changes to `to`.
+template <class V, bool kAhead, bool kAdds = false, class T, class Stored, class Rule>
 FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, int64_t n,
-                       const void* const* next) {
+                       const void* const* next, [[maybe_unused]] ChangeLanes* to = nullptr) {
   const Rule rule = given;  // which nothing stored can change
   // The tail is the same text on a partial vector.
-  const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
+  const auto step = [&](auto load, auto store, auto add) __attribute__((always_inline)) {
     V p = load(streams[kParam]);
+    const V before = p;
     V g = load(streams[kGrad]) * grad_scale;
     V state[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s) state[s] = load(streams[kFirstState + s]);
     rule(p, g, state);
     store(p, streams[kParam]);
     for (int s = 0; s < Rule::kStates; ++s) store(state[s], streams[kFirstState + s]);
+    add(p, before);
   };
-  const auto step_at = [&](int64_t i) __attribute__((always_inline)) {
-    step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
+  const auto step_at = [&](int64_t i, auto add) __attribute__((always_inline)) {
+    step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); },
+         add);
   };
+  const auto nothing = [](const V&, const V&) {};
+  [[maybe_unused]] RunSums sums;
   // Where the line of memory ahead is, is found once. With each vector it is asked for: only once,
   // a step out of cache took 3 to 5 % longer.
   constexpr int kVectors = kAhead ? 64 / (V::kLanes * static_cast<int>(sizeof(Stored))) : 1;
@@ -49,12 +55,29 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
       for (int s = 0; kAhead && s < kFirstState + Rule::kStates; ++s) {
         prefetch(ahead[s]);
       }
-      step_at(i + k * V::kLanes);
+      if constexpr (kAdds) {
+        step_at(i + k * V::kLanes, [&](V p, V before) { sums.add(k, p, p - before); });
+      } else {
+        step_at(i + k * V::kLanes, nothing);
+      }
+    }
+    if constexpr (kAdds) {
+      if ((i + kVectors * V::kLanes) % kChangeRun == 0) sums.end_run(to);
     }
   }
-  for (; kVectors > 1 && i + V::kLanes <= n; i += V::kLanes) step_at(i);
+  const int64_t last = i;
+  [[maybe_unused]] float kept[kChangeLanes];
+  if constexpr (kAdds) {
+    static_assert(kVectors * V::kLanes == kChangeLanes);
+    sums.end_run(to);
+    std::memcpy(kept, streams[kParam] + i, static_cast<size_t>(n - i) * sizeof(float));
+  }
+  for (; kVectors > 1 && i + V::kLanes <= n; i += V::kLanes) step_at(i, nothing);
   if (i < n) {
     step([i, n](const Stored* x) { return load_partial<V>(x + i, n - i); },
-         [i, n](V v, Stored* x) { store_partial(v, x + i, n - i); });
+         [i, n](V v, Stored* x) { store_partial(v, x + i, n - i); }, nothing);
+  }
+  if constexpr (kAdds) {
+    if (last < n) add_last(streams[kParam] + last, kept, n - last, to);
   }
 }

@@ -1,57 +1,40 @@
-// What an update has changed of a parameter, added up. Included inside the ISA's namespace.
+// What an update has changed of a parameter, added up afterwards. Included inside the ISA's
+// namespace.
 #pragma once
 
+#include "cpu/sums.h"
 #include "cpu/tiles.h"
 
-static_assert(kChangeLanes % Vec<double>::kLanes == 0);
-
-inline Vec<double> difference(const double* a, const double* b) {
-  return Vec<double>::load(a) - Vec<double>::load(b);
-}
-// In float: of two that are close, it is exact.
-inline Vec<double> difference(const float* a, const float* b) {
-  HalfLanes x, y;
-  std::memcpy(&x, a, sizeof(x));
-  std::memcpy(&y, b, sizeof(y));
-  return to_doubles(x - y);
-}
-
-// Element i is added to lane i % kChangeLanes, whatever a register holds.
-template <class T>
-void add_changes(const T* now, const T* before, int64_t n, ChangeLanes* to) {
-  constexpr int kVectors = kChangeLanes / Vec<double>::kLanes;
-  Vec<double> param[kVectors], update[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    param[v] = Vec<double>::load(to->param + v * Vec<double>::kLanes);
-    update[v] = Vec<double>::load(to->update + v * Vec<double>::kLanes);
-  }
-  const auto add = [&](const T* now, const T* before) __attribute__((always_inline)) {
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<double> x = load_as_double(now + v * Vec<double>::kLanes);
-      const Vec<double> moved =
-          difference(now + v * Vec<double>::kLanes, before + v * Vec<double>::kLanes);
-      param[v] = param[v] + x * x;
-      update[v] = update[v] + moved * moved;
-    }
-  };
+inline void add_changes(const float* now, const float* before, int64_t n, ChangeLanes* to) {
+  RunSums sums;
   int64_t i = 0;
-  for (; i + kChangeLanes <= n; i += kChangeLanes) add(now + i, before + i);
-  if (i < n) {
-    T last[2][kChangeLanes] = {};
-    std::memcpy(last[0], now + i, static_cast<size_t>(n - i) * sizeof(T));
-    std::memcpy(last[1], before + i, static_cast<size_t>(n - i) * sizeof(T));
-    add(last[0], last[1]);
+  while (i + kChangeLanes <= n) {
+    const int64_t end = i + kChangeRun < n ? i + kChangeRun : n;
+    for (; i + kChangeLanes <= end; i += kChangeLanes) {
+      for (int k = 0; k < RunSums::kVectors; ++k) {
+        const int64_t at = i + k * Vec<float>::kLanes;
+        const auto x = Vec<float>::load(now + at);
+        sums.add(k, x, x - Vec<float>::load(before + at));
+      }
+    }
+    sums.end_run(to);
   }
-  for (int v = 0; v < kVectors; ++v) {
-    param[v].store(to->param + v * Vec<double>::kLanes);
-    update[v].store(to->update + v * Vec<double>::kLanes);
+  if (i < n) add_last(now + i, before + i, n - i, to);
+}
+
+inline void add_changes(const double* now, const double* before, int64_t n, ChangeLanes* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double moved = now[i] - before[i];
+    to->param[i % kChangeLanes] += now[i] * now[i];
+    to->update[i % kChangeLanes] += moved * moved;
   }
 }
 
 inline void keep(const Stream& param, int64_t first, int64_t count, void* numbers) {
-  const char* const data = param.data + first * item_size(param.dtype);
-  if (param.dtype == DType::f64)
+  if (param.dtype == DType::f64) {
+    const char* const data = param.data + first * item_size(param.dtype);
     return decode_all<double>(data, static_cast<double*>(numbers), count);
+  }
   decode_tile(param, {}, first, static_cast<float*>(numbers), count, first + count, numbers);
 }
 
@@ -65,6 +48,7 @@ inline void add_change(const Stream& param, int64_t first, int64_t count, const 
   if (param.dtype == DType::f32) {
     return add_changes(reinterpret_cast<const float*>(param.data) + first, was, count, to);
   }
+  static_assert(kTile % kChangeRun == 0);
   float now[kTile];
   for (int64_t at = 0; at < count; at += kTile) {
     const int64_t n = count - at < kTile ? count - at : kTile;

@@ -100,6 +100,17 @@ void update(const double* scalars, double grad_scale, const Stream* streams, con
   update_in_tiles(rule, scale, streams, origin, first, count, next);
 }
 
+template <class Rule>
+void update_and_add(const double* scalars, double grad_scale, const Stream* streams, int64_t first,
+                    int64_t count, const void* const* next, ChangeLanes* to) {
+  float* arrays[kFirstState + Rule::kStates];
+  for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
+    arrays[s] = reinterpret_cast<float*>(streams[s].data) + first;
+  }
+  const auto scale = round_scalar<float>(grad_scale);
+  apply<Vec<float>, true, true>(fold<float, Rule>(scalars), scale, arrays, count, next, to);
+}
+
 // ---- the table ----------------------------------------------------------------------------------
 
 template <class F32, class F64>
@@ -107,7 +118,13 @@ struct Make {
   static constexpr Rule entry(const char* name, int flags) {
     constexpr int kScalars = sizeof(F32) / sizeof(float);
     static_assert(F32::kStates <= kMaxStates, "raise kMaxStates");
-    return {name, flags, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
+    return {name,
+            flags,
+            F32::kStates,
+            kScalars,
+            update<float, F32>,
+            update<double, F64>,
+            update_and_add<F32>};
   }
 };
 

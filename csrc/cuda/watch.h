@@ -72,11 +72,25 @@ FUSEDOPT_FN Sums watch_lane(const WatchItem& item, int64_t block, int lane) {
     end = item.rows.next_block(end);
   }
   with_param(item, [&](auto now, const auto* before) {
-    for (int64_t i = first + lane; i < end; i += kNormLanes) {
-      const auto x = now(i), was = *on_device(before + i);
-      sums.param = add_square(sums.param, x);
-      sums.update = add_square(sums.update, x - was);
-      sums.unmoved += x == was ? 1 : 0;
+    using T = std::decay_t<decltype(now(0))>;
+    constexpr bool kDouble = std::is_same_v<T, double>;
+    constexpr T kScale = kDouble ? 1 : kChangeScale;
+    const int64_t whole = first + (end - first) / kNormLanes * kNormLanes;
+    // A run, which is added up in T; one of doubles may be of any length.
+    for (int64_t from = first; from < end;) {
+      const int64_t most = kDouble ? kNormLanes : kChangeRun;
+      const int64_t to = from == whole ? end : from + most < whole ? from + most : whole;
+      T param = 0, update = 0;
+      for (int64_t i = from + lane; i < to; i += kNormLanes) {
+        const T x = now(i), was = *on_device(before + i);
+        const T p = x * kScale, u = (x - was) * kScale;
+        param = param + p * p;
+        update = update + u * u;
+        sums.unmoved += x == was ? 1 : 0;
+      }
+      sums.param += param * (1 / (double{kScale} * double{kScale}));
+      sums.update += update * (1 / (double{kScale} * double{kScale}));
+      from = to;
     }
   });
   return sums;

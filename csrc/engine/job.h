@@ -20,6 +20,7 @@ using Layout = std::vector<Dim>;
 
 struct Job {
   Update update = nullptr;
+  UpdateAndAdd update_and_add = nullptr;  // see adds_itself
   const double* scalars = nullptr;
   double grad_scale = 1;
   int64_t numel = 0;

@@ -75,9 +75,10 @@ static bool has_array(const Piece& piece, int stream) {
   return !piece.job->layout && stream < piece.job->stream_count;
 }
 
-// Updates elements [first, end); what comes after is asked for ahead.
+// Updates elements [first, end); what comes after is asked for ahead. `change`: null, or where to
+// add up what changes, in a job that can.
 static void update_elements(const Job& job, int64_t first, int64_t end, const Piece& next,
-                            double factor) {
+                            double factor, ChangeLanes* change = nullptr) {
   if (job.layout) {
     update_strided(job, factor, first, end - first);
   } else {
@@ -85,8 +86,12 @@ static void update_elements(const Job& job, int64_t first, int64_t end, const Pi
     for (int s = 0; s < job.stream_count; ++s) {
       next_streams[s] = begin_of(has_array(next, s) ? next : Piece{&job, first, 0, 0}, s);
     }
-    job.update(job.scalars, job.grad_scale * factor, job.streams, job.origin, first, end - first,
-               next_streams);
+    const double scale = job.grad_scale * factor;
+    if (change) {
+      return job.update_and_add(job.scalars, scale, job.streams, first, end - first, next_streams,
+                                change);
+    }
+    job.update(job.scalars, scale, job.streams, job.origin, first, end - first, next_streams);
   }
   if (job.then) update_elements(*job.then, first, end, {job.then, first, 0, 0}, 1);
 }
@@ -128,14 +133,33 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
+// Updates the elements of a block, and adds up how they change.
+static BlockChange watch_elements(const Job& job, int64_t first, int64_t end, const Piece& next,
+                                  double factor, const Kernels& kernels) {
+  BlockChange change(kernels, job);
+  if (adds_itself(job)) {
+    update_elements(job, first, end, next, factor, change.lanes());
+    return change;
+  }
+  const int64_t most = elements_between_sums(job);
+  while (first < end) {
+    const int64_t count = std::min(end - first, most);
+    const Piece rest{&job, first + count, 0, 0};
+    change.before(first, count);
+    update_elements(job, first, first + count, first + count == end ? next : rest, factor);
+    change.after(first, count);
+    first += count;
+  }
+  return change;
+}
+
 // The same as update_piece, and what it adds up.
 static void watch_piece(const Piece& piece, const Piece& next, double factor, const Watch& watch,
                         double* gradients) {
   const Job& job = *piece.job;
-  const int64_t most = elements_between_sums(job);
   for (int64_t at = 0; at < piece.count; at += kNormBlock) {
-    const int64_t length = std::min(piece.count - at, kNormBlock);
-    const Piece block{&job, piece.first + at, length, piece.block + at / kNormBlock};
+    const int64_t first = piece.first + at, count = std::min(piece.count - at, kNormBlock);
+    const Piece block{&job, first, count, piece.block + at / kNormBlock};
     Sums* const sums = watch.blocks->data() + block.block;
     if (!watch.knows_gradients) {
       norm_piece(watch.kernels->norms[static_cast<int>(Norm::two)], block, block, gradients);
@@ -143,20 +167,12 @@ static void watch_piece(const Piece& piece, const Piece& next, double factor, co
     sums->grad = gradients[block.block];
     sums->nonfinite = 0;
     if (is_nonfinite(sums->grad)) {
-      sums->nonfinite = static_cast<double>(count_nonfinite(job, block.first, length));
+      sums->nonfinite = static_cast<double>(count_nonfinite(job, first, count));
     }
-    BlockChange change(*watch.kernels, job);
-    const int64_t end = next_element(job, block.first + length);
-    for (int64_t first = next_element(job, block.first); first < end;) {
-      const int64_t count = std::min(end - first, most);
-      const bool is_last = at + length == piece.count && first + count == end;
-      change.before(first, count);
-      update_elements(job, first, first + count, is_last ? next : Piece{&job, first + count, 0, 0},
-                      factor);
-      change.after(first, count);
-      first += count;
-    }
-    change.add_to(sums);
+    const Piece rest{&job, first + count, 0, 0};
+    watch_elements(job, next_element(job, first), next_element(job, first + count),
+                   at + count == piece.count ? next : rest, factor, *watch.kernels)
+        .write_to(sums);
   }
 }
 

@@ -39,11 +39,17 @@ void BlockChange::after(int64_t first, int64_t count) {
   kernels_.add_change(param, first, count, before_, &lanes_);
 }
 
-void BlockChange::add_to(Sums* sums) const {
+void BlockChange::write_to(Sums* sums) const {
   const auto join = [](const double* lanes) { return join_blocks(Norm::two, lanes, kChangeLanes); };
   sums->param = join(lanes_.param);
   sums->update = join(lanes_.update);
   sums->unmoved = static_cast<double>(lanes_.unmoved);
+}
+
+bool adds_itself(const Job& job) {
+  return !job.layout && !job.then &&
+         std::all_of(job.streams, job.streams + job.stream_count,
+                     [](const Stream& stream) { return stream.dtype == DType::f32; });
 }
 
 int64_t elements_between_sums(const Job& job) {

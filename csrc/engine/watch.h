@@ -18,8 +18,11 @@ class BlockChange {
   void before(int64_t first, int64_t count);
   void after(int64_t first, int64_t count);
 
-  // Adds param, update and unmoved.
-  void add_to(Sums* sums) const;
+  // What adds up the change itself, does it here.
+  ChangeLanes* lanes() { return &lanes_; }
+
+  // Sets param, update and unmoved.
+  void write_to(Sums* sums) const;
 
  private:
   static constexpr int64_t kMost = kNormBlock + kBlock;
@@ -31,6 +34,9 @@ class BlockChange {
   alignas(64) char before_[kMost * sizeof(double)];
   alignas(64) char gathered_[2][kMost * sizeof(double)];  // of a job with a layout
 };
+
+// Whether an update adds up what it changes: of arrays of floats.
+bool adds_itself(const Job& job);
 
 // How many elements of a job are updated before their change is added up: so few that they are
 // still in the first-level cache, and memory keeps coming meanwhile; or all of a block.
