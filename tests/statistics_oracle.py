@@ -52,8 +52,8 @@ def watched(optimizer: Any, step: Callable[[], object], unscale: float = 1.0) ->
         "param_norm": [norm(x) for x in after],
         "update_norm": [norm(x) for x in moved],
         "unmoved": [
-            float((x == 0).sum()) if counted else float("nan")
-            for x, counted in zip(moved, counts, strict=True)
+            float((a == b).sum()) if counted else float("nan")
+            for a, b, counted in zip(after, before, counts, strict=True)
         ],
     }
 

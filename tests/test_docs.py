@@ -35,6 +35,15 @@ def test_the_snippets_on_memory_run_in_order() -> None:
         exec(compile(code, "docs/memory.md", "exec"), namespace)
 
 
+def test_the_snippets_on_watching_run_in_order() -> None:
+    page = (DOCS / "watching.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == page.count("```python")
+    namespace: dict[str, Any] = {}
+    for code in snippets:
+        exec(compile(code, "docs/watching.md", "exec"), namespace)
+
+
 def test_the_snippets_of_the_readme_run_in_order(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 1)
 

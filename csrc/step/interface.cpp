@@ -187,19 +187,37 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
   return py::make_tuple(norm, skipped);
 }
 
+// Updates, of which statistics are taken. Where one finds what another has left, each is watched by
+// itself; but those of Lookahead, which come after all others, with them.
+static void update_watched(const DeviceQueue& queue, const std::vector<cuda::Update>& updates,
+                           const std::vector<cuda::Update>& after,
+                           const std::vector<cuda::WatchItem>& items, bool in_order) {
+  const bool one_by_one = in_order && after.empty();
+  const size_t count = one_by_one ? 1 : updates.size();
+  for (size_t i = 0; i < updates.size(); i += count) {
+    const auto begin = static_cast<ptrdiff_t>(i), end = static_cast<ptrdiff_t>(i + count);
+    const auto add_up = queue.watch({items.begin() + begin, items.begin() + end});
+    queue.update({updates.begin() + begin, updates.begin() + end}, in_order);
+    queue.update(after, in_order);
+    add_up();
+  }
+}
+
 void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, double factor,
                           const Watched& watched) const {
   Sums* const rows = plan->count_on(kHost) != 0 ? watched.rows(kHost) : nullptr;
   plan->complete_states();
   for (DeviceQueue& queue : *queues) {
     const bool in_order = plan->share_memory(queue.device());
-    std::function<void()> add_up = [] {};
+    const auto updates = plan->updates(queue.device(), factor);
+    const auto after = plan->updates_after(queue.device());
     if (Sums* const there = watched.rows(queue.place())) {
-      add_up = queue.watch(plan->watch_items(queue.device(), watched, there));
+      update_watched(queue, updates, after, plan->watch_items(queue.device(), watched, there),
+                     in_order);
+    } else {
+      queue.update(updates, in_order);
+      queue.update(after, in_order);
     }
-    queue.update(plan->updates(queue.device(), factor), in_order);
-    queue.update(plan->updates_after(queue.device()), in_order);
-    add_up();
   }
   for (DeviceQueue& queue : *queues) queue.launch();
   if (plan->count_on(kHost) != 0) {
