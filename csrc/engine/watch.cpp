@@ -98,12 +98,15 @@ double join_blocks(Norm norm, const double* blocks, int64_t count, int64_t strid
   double lanes[kNormJoin];
   const int64_t filled = std::min(count, kNormJoin);  // in all others is 0
   if (filled == 0) return 0;
+  if (filled == 1) return blocks[0];
   for (int64_t i = 0; i < filled; ++i) lanes[i] = blocks[i * stride];
   for (int64_t i = filled; i < count; ++i) {
     double& lane = lanes[i % kNormJoin];
     lane = join(lane, blocks[i * stride]);
   }
-  for (int64_t half = kNormJoin / 2; half > 0; half /= 2) {
+  int64_t half = kNormJoin / 2;
+  while (half >= filled) half /= 2;
+  for (; half > 0; half /= 2) {
     for (int64_t l = 0; l + half < std::min(filled, 2 * half); ++l) {
       lanes[l] = join(lanes[l], lanes[l + half]);
     }
