@@ -26,13 +26,14 @@ help:
 demo: .venv/installed
 	$(RUN)/python examples/train_gpt.py $(ARGS)
 
-## make docs           the pictures and measured tables of docs/choosing.md, memory.md and muon.md
+## make docs           the pictures and measured tables of docs/choosing.md, memory.md, muon.md, watching.md
 docs: .venv/installed
 	$(RUN)/python -m tools.make_guide
 	$(RUN)/python -m tools.memory_quality
 	$(RUN)/python -m tools.memory_speed
 	$(RUN)/python -m tools.memory_page --write
 	$(RUN)/python -m tools.muon_page
+	$(RUN)/python -m examples.watch_gpt --out docs/watching.png
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed

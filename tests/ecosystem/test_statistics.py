@@ -29,7 +29,7 @@ STEPS = 3
 
 def whole_numbers(model: nn.Module) -> list[Tensor]:
     return [
-        p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+        (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for p in model.parameters()
     ]
 
@@ -163,6 +163,7 @@ def test_a_lightning_module_logs_them(tmp_path: Path) -> None:
     trainer = LightningTrainer(
         max_steps=5,
         logger=Logger(),
+        log_every_n_steps=1,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
