@@ -27,7 +27,7 @@ import fusedopt
 from examples.train_gpt import BATCH, CLIP, CONTEXT, GPT, load_text, schedule_for, windows
 
 EVERY = 5  # steps
-RECIPE = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+RECIPE: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
 
 class Watched(NamedTuple):
@@ -73,14 +73,11 @@ def train(steps: int, title: str, *, dead: bool = False, **options: Any) -> Watc
         losses.append(loss.item())
         if step % EVERY == 0:
             found.append(optimizer.statistics)
-    return Watched(
-        found[0].names,
-        *(
-            torch.stack([getattr(statistics, vector) for statistics in found])
-            for vector in ("update_ratio", "grad_norm", "unmoved_share")
-        ),
-        losses,
+    ratio, norm, unmoved = (
+        torch.stack([getattr(statistics, vector) for statistics in found])
+        for vector in ("update_ratio", "grad_norm", "unmoved_share")
     )
+    return Watched(found[0].names, ratio, norm, unmoved, losses)
 
 
 # --- The picture -----------------------------------------------------------------------
