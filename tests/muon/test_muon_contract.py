@@ -23,7 +23,7 @@ from tests.muon.common import matrices
 
 OPTION_NAMES = (
     *("max_grad_norm", "skip_nonfinite", "amp_scaling"),
-    *("state_dtype", "master_weights", "stochastic_rounding", "seed"),
+    *("state_dtype", "master_weights", "stochastic_rounding", "seed", "track_statistics"),
 )
 
 
