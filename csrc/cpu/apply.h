@@ -2,6 +2,7 @@
 #pragma once
 
 #include "numeric/vec.h"
+#include "rules/streams.h"
 
 // What lies a fixed distance after element `at` in the array of n elements or, past its end, in the
 // one that comes next. Often that is past the end of what comes next, too: a number, unlike a
@@ -30,8 +31,10 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
     V state[kMaxStates];
     for (int s = 0; s < Rule::kStates; ++s) state[s] = load(streams[kFirstState + s]);
     rule(p, g, state);
-    store(p, streams[kParam]);
-    for (int s = 0; s < Rule::kStates; ++s) store(state[s], streams[kFirstState + s]);
+    if (stores<Rule>(kParam)) store(p, streams[kParam]);
+    for (int s = 0; s < Rule::kStates; ++s) {
+      if (stores<Rule>(kFirstState + s)) store(state[s], streams[kFirstState + s]);
+    }
   };
   const auto step_at = [&](int64_t i) __attribute__((always_inline)) {
     step([i](const Stored* x) { return V::load(x + i); }, [i](V v, Stored* x) { v.store(x + i); });
@@ -47,7 +50,7 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
     }
     for (int k = 0; k < kVectors; ++k) {
       for (int s = 0; kAhead && s < kFirstState + Rule::kStates; ++s) {
-        prefetch(ahead[s]);
+        if (touches<Rule>(s)) prefetch(ahead[s]);
       }
       step_at(i + k * V::kLanes);
     }

@@ -31,6 +31,7 @@ struct Mixture {
   [[gnu::noinline]] static int64_t update(const Rule& given, float grad_scale,
                                           const Stream* streams, const Origin& origin,
                                           int64_t first, int64_t count, const void* const* next) {
+    static_assert(kKept<Rule> == 1u << kGrad && !kIgnored<Rule>, "all streams are taken here");
     constexpr int kStreams = kFirstState + Rule::kStates;
     constexpr int64_t kSizes[] = {item_size(kParamType), item_size(kGradType),
                                   item_size(kStates)..., second_size(kParamType)};

@@ -20,6 +20,7 @@ using Layout = std::vector<Dim>;
 
 struct Job {
   Update update = nullptr;
+  unsigned keeps = 1u << kGrad, ignores = 0;  // which streams, as Rule has them
   const double* scalars = nullptr;
   double grad_scale = 1;
   int64_t numel = 0;

@@ -45,6 +45,7 @@ struct Rule {
   const char* name;
   int flags;  // bit i is the rule's i-th bool parameter
   int states, scalars;
+  unsigned keeps, ignores;        // bit s: stream s is not stored, or not loaded
   Update update_f32, update_f64;  // by compute precision
 };
 

@@ -53,6 +53,8 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
       }
     }
     const auto copy_streams = [&](bool gather) {
+      const unsigned left_alone = gather ? job.ignores : job.keeps;
+      const auto is_copied = [&](int s) { return !(left_alone >> s & 1); };
       walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
         const auto copy = [&](int array, char* far, char* near, int64_t size) {
           const int64_t stride = (*job.layout)[0].stride[array];
@@ -65,10 +67,11 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
           }
         };
         for (int s = 0; s < job.stream_count; ++s) {
-          if (s == kGrad && !gather) continue;
+          if (!is_copied(s)) continue;
           copy(s, job.streams[s].data, tile[s].data, item_size(tile[s].dtype));
         }
-        if (second) copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
+        if (second && is_copied(kParam))
+          copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
       });
     };
     copy_streams(/*gather=*/true);

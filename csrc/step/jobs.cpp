@@ -212,6 +212,8 @@ bool join_scales(bool has_no_sign, const View& scale, const View& param, View* s
 void set_rule(const Rule& rule, const double* scalars, Job* job) {
   job->update = job->streams[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
   job->scalars = scalars;
+  job->keeps = rule.keeps;
+  job->ignores = rule.ignores;
 }
 
 void set_norm(const View& view, Layouts* layouts, Job* job) {
