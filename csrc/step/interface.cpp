@@ -183,7 +183,9 @@ void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, dou
   for (DeviceQueue& queue : *queues) {
     const bool in_order = plan->share_memory(queue.device());
     queue.update(plan->updates(queue.device(), factor), in_order);
-    queue.update(plan->updates_after(queue.device()), in_order);
+    for (int place = 1; place <= kMaxFollowers; ++place) {
+      queue.update(plan->updates_after(queue.device(), place), in_order);
+    }
   }
   for (DeviceQueue& queue : *queues) queue.launch();
   if (plan->count_on(kHost) != 0) {

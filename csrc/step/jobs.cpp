@@ -68,7 +68,7 @@ static bool come_close(const View& a, const View& b) {
 }
 
 bool any_come_close(const View* views, int count) {
-  const char* end[kMaxStreams + 1];
+  const char* end[kMaxViews];
   for (int s = 0; s < count; ++s) {
     end[s] = end_of(views[s]);
     for (int other = 0; other < s; ++other) {
@@ -222,7 +222,7 @@ void set_norm(const View& view, Layouts* layouts, Job* job) {
 }
 
 bool walks(const Job& job, const View* views, int count) {
-  if (job.layout || job.then || job.numel != views[kParam].numel || job.stream_count != count) {
+  if (job.layout || job.numel != views[kParam].numel || job.stream_count != count) {
     return false;
   }
   for (int s = 0; s < count; ++s) {

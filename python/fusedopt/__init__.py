@@ -11,6 +11,7 @@ from fusedopt.adam import AdamW as AdamW
 from fusedopt.amp import GradScaler as GradScaler
 from fusedopt.clip import clip_grad_norm_ as clip_grad_norm_
 from fusedopt.clip import get_total_norm as get_total_norm
+from fusedopt.ema import EMA as EMA
 from fusedopt.groups import decay_groups as decay_groups
 from fusedopt.groups import muon_groups as muon_groups
 from fusedopt.lion import Lion as Lion

@@ -19,7 +19,7 @@ from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
-from fusedopt._stored import SLOW, have_no_sign
+from fusedopt._stored import have_no_sign
 
 SEE_FUSED = (  # in a class docstring
     "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
@@ -63,7 +63,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
 
     _skipped_steps: int | Tensor = 0
     _skipped: bool | Tensor = False  # whether the last step was
-    _known: _core.KnownGroups | None = None
+    _known: tuple[Any, _core.KnownGroups] | None = None  # and for which followers
 
     def __init__(
         self,
@@ -175,8 +175,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             norm, skipped = self._norm_of_gradients(scaling) if asked else math.nan, True
         else:
             norm, skipped = self._update(self.param_groups, scaling)
-        if self._lookahead:
-            self._lookahead.count(skipped)
+        for follower in self._followers:
+            follower.count(skipped)
         self._norm = norm if asked else pending.norm
         self._pending = NOTHING
         self._skipped = skipped
@@ -206,12 +206,12 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def _update_by_engine(
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
-        if self._known is None:
-            self._known = _core.KnownGroups()
+        followers = tuple([follower.kind for follower in self._followers])
+        if self._known is None or self._known[0] != followers:
+            self._known = (followers, _core.KnownGroups())
         return _engine.engine.step(
             self,
-            # (How far slow weights follow is no value of a group.)
-            _core.KnownGroups() if self._lookahead else self._known,
+            self._known[1],
             groups,
             torch.get_num_threads(),
             scaling,
@@ -252,9 +252,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=_as_bits(rule.flags),
-            states=(*rule.states, SLOW) if self._lookahead else rule.states,
-            has_slow=self._lookahead is not None,
-            alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
+            states=rule.states,
+            followers=tuple((each.kind.rule, each.kind.state) for each in self._followers),
             counts_steps=rule.counts_steps,
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),

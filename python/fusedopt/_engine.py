@@ -69,8 +69,8 @@ class Group(NamedTuple):
     rule: str
     flags: int
     states: tuple[str, ...]
-    has_slow: bool
-    alpha: float
+    followers: tuple[tuple[str, str], ...]
+    """Rules that run after that one, and the key of the state that each has."""
     counts_steps: bool
     counts_on_device: bool
     starts_unlike: bool

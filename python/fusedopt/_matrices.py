@@ -18,7 +18,7 @@ from fusedopt import _core, _engine, _exchange, _momentum
 from fusedopt._base import Fused
 from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
 from fusedopt._clipping import decide, factor_of
-from fusedopt._engine import Group, Rule, Scaling, number
+from fusedopt._engine import Rule, Scaling, number
 from fusedopt._exchange import Places
 from fusedopt._gradients import gradients
 from fusedopt._momentum import BUFFER
@@ -166,12 +166,10 @@ class StepsMatrices(Fused):
         self._left = frozenset(p for _, p in unsupported)
         super()._fall_back(all_groups, unsupported, factor, warns=warns)
 
-    def _engine_group(self, group: dict[str, Any]) -> Group:
-        made = super()._engine_group(group)
-        if made.alpha and self._steps_matrices_of(group) and _SHAPE not in group:
-            # The slow weights of a Lookahead follow once the matrices have moved.
-            return made._replace(alpha=0.0)
-        return made
+    def _weights_now(self, group: dict[str, Any]) -> tuple[float, ...]:
+        if self._steps_matrices_of(group) and _SHAPE not in group:
+            return (0.0,) * len(self._followers)  # which follow once the matrices have moved
+        return super()._weights_now(group)
 
     # ---- its matrices ------------------------------------------------------------------------
 
