@@ -43,8 +43,17 @@ PYTHON: Floors = (
     ("_momentum", "_pending", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
-    ("_batches", "_engine", "_options", "_ranks", "_stored"),
-    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards"),
+    ("_batches", "_engine", "_exchanged", "_options", "_ranks", "_stored"),
+    (
+        "_codecs",
+        "_core",
+        "_followers",
+        "_memory",
+        "_numeric",
+        "_operators",
+        "_orthogonal",
+        "_shards",
+    ),
 )
 
 
