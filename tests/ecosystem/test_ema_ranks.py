@@ -41,10 +41,9 @@ def train(model: nn.Module, optimizer: fusedopt.EMA, steps: range) -> None:
     for step in steps:
         for i, p in enumerate(model.parameters()):
             gradient = values(tuple(p.shape), 1000 * (step + 1) + i, p.dtype)
-            is_shared = isinstance(p, DTensor)
-            p.grad = (
-                distribute_tensor(gradient, p.device_mesh, p.placements) if is_shared else gradient
-            )
+            if isinstance(p, DTensor):
+                gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
+            p.grad = gradient
         optimizer.step()
 
 
@@ -73,7 +72,7 @@ def steps_and_checkpoints() -> dict[str, list[Tensor]]:
         }
         save(state, checkpoint_id=folder[0])
         model, optimizer = make(dtype, shards=True)
-        read = {
+        read: dict[str, Any] = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
