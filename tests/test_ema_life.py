@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -292,42 +291,3 @@ def test_groups_that_are_added() -> None:
     train(optimizer, [first, second], 3)
     assert all(group["ema_step"] == 3 for group in optimizer.param_groups)
     assert "ema" in optimizer.state[second]
-
-
-def test_settings_are_the_wrappers_and_all_else_is_the_optimizers() -> None:
-    optimizer: Any = ema(fusedopt.AdamW, nn.Linear(2, 2).parameters(), lr=0.1)
-    optimizer.max_grad_norm = 0.5
-    optimizer.every = 3
-    assert optimizer.optimizer.max_grad_norm == 0.5
-    assert not hasattr(optimizer.optimizer, "every")
-    assert repr(optimizer) == (
-        f"EMA (\ndecay: {DECAY}\nwarmup: False\nevery: 3\noptimizer: {optimizer.optimizer!r}\n)"
-    )
-
-
-def test_settings_of_groups_stay_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python is asked what a group is once, and not anew for its count of steps."""
-    asked = []
-    plain = fusedopt.AdamW._engine_group
-
-    def see(self: Any, group: dict[str, Any]) -> Any:
-        asked.append(group)
-        return plain(self, group)
-
-    monkeypatch.setattr(fusedopt.AdamW, "_engine_group", see)
-    params = parameters()
-    optimizer = fusedopt.EMA(fusedopt.Lookahead(fusedopt.AdamW(params), k=2))
-    train(optimizer, params, 5)
-    assert len(asked) == 1
-
-
-def test_the_step_without_the_wrapper_averages_nothing() -> None:
-    params = parameters()
-    optimizer = ema(fusedopt.AdamW, params)
-    train(optimizer, params, 2)
-    before: list[Tensor] = [optimizer.state[p]["ema"].clone() for p in params]
-    train(optimizer.optimizer, params, range(2, 3))
-    for p, q in zip(params, before, strict=True):
-        assert_same_bits(optimizer.state[p]["ema"], q)
-    train(optimizer, params, range(3, 4))
-    assert optimizer.param_groups[0]["ema_step"] == 3
