@@ -15,6 +15,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "engine/ahead.h"
 #include "engine/kernels.h"
 
 #define FUSEDOPT_FN [[gnu::always_inline]] inline

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "engine/ahead.h"
 #include "engine/parallel.h"
 #include "engine/walk.h"
 
@@ -150,7 +151,8 @@ static void prefetch(const Piece& piece, const Piece& before) {
   if (piece.job->layout) return;  // its elements lie elsewhere
   for (int s = 0; s < piece.job->stream_count; ++s) {
     const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
-    const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
+    const int64_t size = piece.count * item_size(piece, s);
+    const int64_t bytes = std::min(size, bytes_ahead(size) - asked);
     const char* const begin = begin_of(piece, s);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
   }
