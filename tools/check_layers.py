@@ -37,12 +37,12 @@ PYTHON: Floors = (
     (OPTIMIZERS,),
     ("_matrices",),
     ("_base",),
-    ("_clipping", "_fallback", "_from_torch", "_hooked"),
-    ("_momentum", "_pending", "clip"),
+    ("_clipping", "_fallback", "_from_torch", "_hooked", "_verdict"),
+    ("_momentum", "_pending", "_skipping", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
     ("_batches", "_engine", "_options", "_ranks", "_stored"),
-    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards"),
+    ("_codecs", "_core", "_memory", "_numeric", "_operators", "_orthogonal", "_shards", "_spikes"),
 )
 
 

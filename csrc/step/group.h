@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "step/asked.h"
+#include "step/fields.h"
 
 namespace fusedopt {
 

@@ -83,7 +83,7 @@ class FallsBack(Stores):
         """Cast states to the dtype of their parameter, as torch does when it loads them."""
         for p in params:
             for key, value in self.state.get(p, {}).items():
-                if key != "step" and isinstance(value, Tensor) and value.dtype != p.dtype:
+                if is_moment(key, value) and value.dtype != p.dtype:
                     self.state[p][key] = value.to(p.dtype)
 
     @contextmanager
