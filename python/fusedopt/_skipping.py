@@ -18,7 +18,8 @@ class Skips(HasOptions):
     """Counting skipped steps, and `fusedopt.Spikes`, for `fusedopt._clipping.Clips`."""
 
     _skipped_steps: int | Tensor = 0
-    _holder: Tensor | None = None  # the parameter whose state has that of the spikes
+    _holder: Tensor | None = None  # the parameter whose state has the window of norms
+    _last_watch: tuple[bool | _spikes.Spikes, _spikes.Watch] | None = None
 
     def _itself(self: T) -> T:
         """Return the optimizer itself.
@@ -62,16 +63,27 @@ class Skips(HasOptions):
 
     def _watch(self, norm: float | Tensor | None) -> _spikes.Watch | None:
         """Return by what a step is to know spikes, of this norm if there is one."""
-        spikes = _spikes.asked(self.skip_spikes)
+        given = self.defaults.get("skip_spikes", False)  # found faster so
+        state: Any = self.state.get(self._holder) if self._holder is not None else None
+        norms = state.get(WINDOW) if state else None
+        last = self._last_watch
+        if last is not None and last[0] is given and last[1].is_of(norms):
+            return last[1] if norm is None else last[1]._replace(norm=norm)
+        spikes = _spikes.asked(given)
         if spikes is None:
             return None
-        p = self._holder
-        if p is None or WINDOW not in self.state.get(p, ()):
-            p = self._holder = self._place_of_window()
+        watch = _spikes.watch(spikes, self._find_window(spikes))
+        self._last_watch = given, watch
+        return watch if norm is None else watch._replace(norm=norm)
+
+    def _find_window(self, spikes: _spikes.Spikes) -> Tensor:
+        """Return the window that is there, or a new one."""
+        p = self._holder = self._place_of_window()
         norms: Any = None if p is None else self.state.get(p, {}).get(WINDOW)
-        if not _spikes.fits(spikes, norms):
-            norms = _spikes.zeros(spikes, torch.device("cpu") if p is None else place_of_draws(p))
-        return _spikes.watch(spikes, norms, norm)
+        if _spikes.fits(spikes, norms):
+            found: Tensor = norms
+            return found
+        return _spikes.zeros(spikes, torch.device("cpu") if p is None else place_of_draws(p))
 
     def _place_of_window(self) -> Tensor | None:
         """Return the parameter that has a window, or is to get one: the first to be trained."""

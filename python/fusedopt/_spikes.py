@@ -130,6 +130,10 @@ class Watch(NamedTuple):
     norm: float | Tensor | None
     """In place of the 2-norm, before it is unscaled. A tensor is 0-dim, in float64, on a device."""
 
+    def is_of(self, norms: object) -> bool:
+        """Return whether these are the norms, where they were."""
+        return norms is self.norms and self.address in (0, self.norms.data_ptr())
+
 
 def zeros(spikes: Spikes, device: torch.device) -> Tensor:
     """Return a window that nothing has entered yet."""
@@ -146,7 +150,7 @@ def fits(spikes: Spikes, norms: Any) -> bool:
     )
 
 
-def watch(spikes: Spikes, norms: Tensor, norm: float | Tensor | None = None) -> Watch:
+def watch(spikes: Spikes, norms: Tensor) -> Watch:
     """Return what a step is to be told."""
     return Watch(
         norms,
@@ -157,7 +161,7 @@ def watch(spikes: Spikes, norms: Tensor, norm: float | Tensor | None = None) -> 
         float(spikes.sigmas),
         math.inf if spikes.threshold is None else float(spikes.threshold),
         spikes.action == "clip",
-        norm,
+        None,
     )
 
 
