@@ -39,8 +39,8 @@ PYTHON: Floors = (
     (OPTIMIZERS,),
     ("_matrices",),
     ("_base",),
-    ("_clipping", "_fallback", "_from_torch", "_hooked"),
-    ("_momentum", "_pending", "clip"),
+    ("_clipping", "_fallback", "_from_torch", "_hooked", "_verdict"),
+    ("_momentum", "_pending", "_skipping", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
     ("_batches", "_engine", "_exchanged", "_options", "_ranks", "_stored"),
@@ -53,6 +53,7 @@ PYTHON: Floors = (
         "_operators",
         "_orthogonal",
         "_shards",
+        "_spikes",
     ),
 )
 

@@ -242,9 +242,9 @@ void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
             const Scaling& scaling, Schedule* schedule) {
   if (!scaling.needs_norm()) {
-    const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor, schedule);
-    return {0, factor, false};
+    const Verdict verdict = decide(scaling, 0);
+    if (!verdict.skipped) run_updates(jobs, threads, verdict.factor, schedule);
+    return verdict;
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
   std::vector<double>* const sums = schedule->sums_of_blocks();

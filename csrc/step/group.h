@@ -10,7 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "engine/job.h"
-#include "step/asked.h"
+#include "step/fields.h"
 
 namespace fusedopt {
 

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401  (first: the engine shares the OpenMP runtime torch has loaded)
 
 from fusedopt import _core
+from fusedopt._spikes import Spikes as Spikes
 from fusedopt.adagrad import Adagrad as Adagrad
 from fusedopt.adam import Adam as Adam
 from fusedopt.adam import AdamW as AdamW

@@ -85,9 +85,8 @@ class FallsBack(Stores):
         """Cast states to the dtype of their parameter, as torch does when it loads them."""
         for p in params:
             for key, value in self.state.get(p, {}).items():
-                if key == "step" or key in FOLLOWING or not isinstance(value, Tensor):
-                    continue
-                if value.dtype != p.dtype:
+                moves = is_moment(key, value) and key not in FOLLOWING
+                if moves and value.dtype != p.dtype:
                     self.state[p][key] = value.to(p.dtype)
 
     @contextmanager

@@ -23,6 +23,7 @@ from fusedopt._stored import (
     REMAINDER,
     ROUNDING,
     STATE_DTYPES,
+    WINDOW,
     as_numbers,
     check_codes,
     check_state_dtype,
@@ -201,7 +202,8 @@ class Stores(Masters):
 
     def _restore_state(self, p: Tensor, saved: dict[str, Any]) -> None:
         state = self.state[p]
-        for key in [REMAINDER, MASTER, ROUNDING, *(key for key in state if key.endswith("_scale"))]:
+        scales = [key for key in state if key.endswith("_scale")]
+        for key in (REMAINDER, MASTER, ROUNDING, WINDOW, *scales):
             state.pop(key, None)
         for name, value in saved.items():
             if is_moment(name, value) and value.shape == p.shape:
@@ -211,6 +213,9 @@ class Stores(Masters):
             if key in saved:
                 value = from_bytes(p, saved[key]) if key == REMAINDER else saved[key]
                 state[key] = value.to(place_of_draws(p) if key == ROUNDING else p.device)
+        if self.skip_spikes and WINDOW in saved:
+            # A copy, for it changes in place; float64 again, if torch's class had it meanwhile.
+            state[WINDOW] = saved[WINDOW].to(place_of_draws(p), torch.float64, copy=True)
         # In the order of _create_state, and of the very strings that the engine looks for.
         for key in sorted(state, key=rank):
             state[sys.intern(key)] = state.pop(key)

@@ -41,7 +41,7 @@ class GradScaler(torch.amp.GradScaler):
             raise
         finally:
             fused._scaler_asks = False
-        self._record(optimizer, fused._skipped)
+        self._record(optimizer, fused._overflowed)
         return result
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
