@@ -42,7 +42,8 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
   };
   // Where the line of memory ahead is, is found once. With each vector it is asked for: only once,
   // a step out of cache took 3 to 5 % longer.
-  const int64_t distance = kAhead ? bytes_ahead(n * int64_t{sizeof(Stored)}) / int64_t{sizeof(Stored)} : 0;
+  const int64_t distance =
+      kAhead ? bytes_ahead(n * int64_t{sizeof(Stored)}) / int64_t{sizeof(Stored)} : 0;
   constexpr int kVectors = kAhead ? 64 / (V::kLanes * static_cast<int>(sizeof(Stored))) : 1;
   int64_t i = 0;
   for (; i + kVectors * V::kLanes <= n; i += kVectors * V::kLanes) {
