@@ -17,7 +17,7 @@ from fusedopt import _core
 
 def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these variables, and no others of ours, in its environment."""
-    ours = ("FUSEDOPT_ISA", "OMP_NUM_THREADS")
+    ours = ("FUSEDOPT_ISA", "FUSEDOPT_AHEAD", "OMP_NUM_THREADS")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, *args],
@@ -44,6 +44,7 @@ def test_report() -> None:
     assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     best = fusedopt.isas()[0]
     assert facts["isa"] == f"{best}, of {', '.join(fusedopt.isas())}; FUSEDOPT_ISA not set"
+    assert facts["ahead"] == f"{_core.ahead} bytes in long arrays; FUSEDOPT_AHEAD not set"
     assert facts["threads"].endswith("OMP_NUM_THREADS not set")
     no_kernels = "no kernels in this build: torch steps parameters on cuda"
     assert facts["cuda"].startswith(_core.cuda_archs or no_kernels)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "engine/ahead.h"
 #include "engine/parallel.h"
 #include "engine/walk.h"
 
@@ -53,6 +54,8 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
       }
     }
     const auto copy_streams = [&](bool gather) {
+      const unsigned left_alone = gather ? job.ignores : job.keeps;
+      const auto is_copied = [&](int s) { return !(left_alone >> s & 1); };
       walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
         const auto copy = [&](int array, char* far, char* near, int64_t size) {
           const int64_t stride = (*job.layout)[0].stride[array];
@@ -65,10 +68,11 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
           }
         };
         for (int s = 0; s < job.stream_count; ++s) {
-          if (s == kGrad && !gather) continue;
+          if (!is_copied(s)) continue;
           copy(s, job.streams[s].data, tile[s].data, item_size(tile[s].dtype));
         }
-        if (second) copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
+        if (second && is_copied(kParam))
+          copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
       });
     };
     copy_streams(/*gather=*/true);
@@ -147,7 +151,8 @@ static void prefetch(const Piece& piece, const Piece& before) {
   if (piece.job->layout) return;  // its elements lie elsewhere
   for (int s = 0; s < piece.job->stream_count; ++s) {
     const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
-    const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
+    const int64_t size = piece.count * item_size(piece, s);
+    const int64_t bytes = std::min(size, bytes_ahead(size) - asked);
     const char* const begin = begin_of(piece, s);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
   }
@@ -237,9 +242,9 @@ void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
             const Scaling& scaling, Schedule* schedule) {
   if (!scaling.needs_norm()) {
-    const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor, schedule);
-    return {0, factor, false};
+    const Verdict verdict = decide(scaling, 0);
+    if (!verdict.skipped) run_updates(jobs, threads, verdict.factor, schedule);
+    return verdict;
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
   std::vector<double>* const sums = schedule->sums_of_blocks();

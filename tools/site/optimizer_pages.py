@@ -125,7 +125,7 @@ def render(page: str, source: str) -> str:
         references=[name for name in dir(cls) if name.endswith("reference")],
         picture=data.get("picture"),
         paths=data.get("paths"),
-        what=data["what"],
+        what=data.get("what"),
         drawn=f"../../build/site-pictures/{page}.png",
         modes=MEMORY,
         variants=[variant(*each) for each in data["variants"].items()],
