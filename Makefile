@@ -15,7 +15,7 @@ ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_ora
 # Files of tests side by side, each in one process.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
+.PHONY: help demo docs site test-site site-links test bench bench-peers bench-docs count lint format wheel test-machines
 .PHONY: test-ecosystem gpu-check gpu-rows gpu-sanitize clean
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,20 @@ docs: .venv/installed
 	$(RUN)/python -m tools.memory_speed
 	$(RUN)/python -m tools.memory_page --write
 	$(RUN)/python -m tools.muon_page
+
+## make site           the documentation as a site, in build/site
+site: .venv/site .venv/installed
+	$(RUN)/python -m sphinx --quiet --fail-on-warning --keep-going \
+	  -c tools/site -d build/site-doctrees docs build/site
+
+## make test-site      open its pages in Chromium, as wide as a desktop and a telephone
+test-site: site
+	$(RUN)/python -m pytest $(ARGS) tests/site
+
+## make site-links     look whether what it links to elsewhere is there: asks other machines
+site-links: .venv/site .venv/installed
+	$(RUN)/python -m sphinx --quiet --keep-going --builder linkcheck \
+	  -c tools/site -d build/site-doctrees docs build/site-links
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
@@ -116,6 +130,10 @@ clean:
 
 .venv/ecosystem: .venv/dependencies
 	$(PIP) install --constraint constraints.txt --group ecosystem
+	@touch $@
+
+.venv/site: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group site
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)

@@ -181,7 +181,13 @@ class Adam(Fused, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     r"""Fused `torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 by default.
 
-    Source: Loshchilov & Hutter 2017, arXiv:1711.05101. Formula, state, dtypes: see `Adam`.
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g^2 \\
+        p &\leftarrow p - \gamma \lambda p - \frac{\gamma}{1 - \beta_1^t} \, m_t \Big/
+        \left( \frac{\sqrt{v_t}}{\sqrt{1 - \beta_2^t}} + \epsilon \right)
+
+    Source: Loshchilov & Hutter 2017, arXiv:1711.05101. State and dtypes: see `Adam`.
 
     Args:
         params: parameters, named parameters or param groups.

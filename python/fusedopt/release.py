@@ -107,8 +107,8 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
         A handle to undo it.
 
     Raises:
-        RuntimeError: max_grad_norm, skip_nonfinite, skip_spikes or clip_grad_norm_ ask for the norm
-            of all gradients, here or later; or the optimizer's gradients are released already.
+        RuntimeError: max_grad_norm, skip_nonfinite, skip_spikes or ``clip_grad_norm_`` ask for the
+            norm of all gradients, here or later; or the optimizer's gradients are released already.
         TypeError: optimizer is not one of fusedopt's, or the model is a DistributedDataParallel,
             which reduces gradients only after they have been accumulated.
     """
