@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "engine/ahead.h"
 #include "engine/parallel.h"
 #include "engine/walk.h"
 
@@ -145,19 +144,6 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
-// Asks for the beginning of a piece, as far as the kernel does not that runs on the piece before:
-// it is too short, or knows nothing of what comes next.
-static void prefetch(const Piece& piece, const Piece& before) {
-  if (piece.job->layout) return;  // its elements lie elsewhere
-  for (int s = 0; s < piece.job->stream_count; ++s) {
-    const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
-    const int64_t size = piece.count * item_size(piece, s);
-    const int64_t bytes = std::min(size, bytes_ahead(size) - asked);
-    const char* const begin = begin_of(piece, s);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
-  }
-}
-
 // ---- joining the blocks of a norm ---------------------------------------------------------------
 
 static double join_all(Norm norm, const std::vector<double>& blocks) {
@@ -209,7 +195,6 @@ static void updates(const Schedule& schedule, int thread, Taken* taken, double f
     for (ptrdiff_t i = 0; i < count; ++i) {
       const Piece* const piece = back ? end - 1 - i : begin + i;
       const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
-      prefetch(*next, *piece);
       update_piece(*piece, *next, factor);
     }
   });
