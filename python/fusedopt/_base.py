@@ -249,7 +249,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             rule=rule.name,
             flags=_as_bits(rule.flags),
             states=rule.states,
-            followers=tuple((each.kind.rule, each.kind.state) for each in self._followers),
+            following=tuple((each.kind.rule, each.kind.state) for each in self._followers),
             counts_steps=rule.counts_steps,
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),

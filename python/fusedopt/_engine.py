@@ -70,7 +70,7 @@ class Group(NamedTuple):
     rule: str
     flags: int
     states: tuple[str, ...]
-    followers: tuple[tuple[str, str], ...]
+    following: tuple[tuple[str, str], ...]
     """Rules that run after that one, and the key of the state that each has."""
     counts_steps: bool
     counts_on_device: bool
