@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusedopt import _core
-from tests.test_diagnosis import run_python
+from tests.helpers import run_python
 
 HASH = """
 import hashlib, torch, fusedopt

@@ -52,7 +52,7 @@ def swapped(ema: Averages, model: Module | None) -> Iterator[None]:
     if ema._inside:
         raise inside("swapped()")
     with ExitStack() as stack:
-        _refuse_what_takes_weights(list(layers(ema))[-1], stack)
+        _refuse_what_takes_weights(layers(ema)[-1], stack)
         ema._inside = True
         stack.callback(_set_outside, ema)
         stack.callback(_gather_anew, model)  # once the weights are back

@@ -216,21 +216,20 @@ class Wrapper(Hooked):
         return fused if fused is not None and fused._has_master(p) else None
 
 
-def layers(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer, and what wrappers of fusedopt are around, to the innermost."""
-    yield optimizer
-    while isinstance(optimizer, Wrapper):
-        optimizer = optimizer.optimizer
-        yield optimizer
+def layers(optimizer: Any) -> list[Any]:
+    """Return an optimizer, and what wrappers of fusedopt are around, to the innermost."""
+    found = [optimizer]
+    while isinstance(found[-1], Wrapper):
+        found.append(found[-1].optimizer)
+    return found
 
 
 def fused_in(optimizer: Any) -> Fused | None:
     """Return the fused optimizer inside of any wrappers of fusedopt, if it is one."""
-    while isinstance(optimizer, Wrapper):
-        optimizer = optimizer.optimizer
-    return optimizer if isinstance(optimizer, Fused) else None
+    inner = layers(optimizer)[-1]
+    return inner if isinstance(inner, Fused) else None
 
 
 def wrappers_of(optimizer: Any) -> tuple[Wrapper, ...]:
     """Return the wrappers of fusedopt around an optimizer, the innermost first."""
-    return tuple(each for each in layers(optimizer) if isinstance(each, Wrapper))[::-1]
+    return tuple(each for each in reversed(layers(optimizer)) if isinstance(each, Wrapper))

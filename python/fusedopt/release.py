@@ -114,10 +114,10 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
     """
     fused = fused_in(optimizer)
     if fused is None:
-        *_, inner = layers(optimizer)
+        inner = type(layers(optimizer)[-1]).__name__
         raise TypeError(
-            f"release_gradients steps optimizers of fusedopt, got {type(inner).__name__}; use the "
-            "fusedopt class of that name"
+            f"release_gradients steps optimizers of fusedopt, got {inner}; use the fusedopt class "
+            "of that name"
         )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise TypeError(
