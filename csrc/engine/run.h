@@ -14,7 +14,8 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
 void run_updates(const Kernels& kernels, const std::vector<Job>& jobs, int threads, double factor,
                  Sums* sums = nullptr);
 // The 2-norm, if that is needed, then, unless it is to be skipped, all updates. `schedule`, never
-// null, is kept from step to step. `sums`, as above, are untouched by a step that is skipped.
+// null, is kept from step to step. The judgement is yet to be remembered. `sums`, as above, are
+// untouched by a step that is skipped.
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
             const Scaling& scaling, Schedule* schedule, Sums* sums);
 

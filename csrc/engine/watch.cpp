@@ -47,7 +47,7 @@ void BlockChange::write_to(Sums* sums) const {
 }
 
 bool adds_itself(const Job& job) {
-  return !job.layout && !job.then &&
+  return job.update_and_add && !job.layout && !job.then &&
          std::all_of(job.streams, job.streams + job.stream_count,
                      [](const Stream& stream) { return stream.dtype == DType::f32; });
 }

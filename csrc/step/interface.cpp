@@ -1,5 +1,6 @@
 #include "step/interface.h"
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 
@@ -58,14 +59,29 @@ static double wait_for(const py::handle number) {
                                                       : number.attr("item")());
 }
 
-static Scaling read_scaling(const AskedScaling& asked) {
+static Scaling read_scaling(const AskedScaling& asked, const Window& window) {
   Scaling scaling;
   scaling.unscale = wait_for(asked.unscale);
   scaling.coefficient = wait_for(asked.coefficient);
   scaling.skip_nonfinite = asked.skip_nonfinite;
   scaling.clip = asked.clips();
   if (scaling.clip) scaling.max_norm = py::cast<double>(asked.max_norm);
+  if (const auto& watch = asked.watch) {
+    scaling.spikes = watch->by(window.data());
+    scaling.knows_norm = watch->knows_norm();
+    if (scaling.knows_norm) scaling.known_norm = wait_for(watch->norm);
+  }
   return scaling;
+}
+
+static Window window_on(const AskedScaling& asked, int place) {
+  return asked.watch ? Window(*asked.watch, place) : Window();
+}
+
+static void remember(const Scaling& scaling, const Verdict& verdict, const Window& window) {
+  if (!scaling.spikes.norms) return;
+  remember(scaling.spikes, verdict.judgement);
+  window.put_back();
 }
 
 // Whether it is known, or may be waited for, that there is to be no step.
@@ -91,7 +107,8 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
     return step_in_parts(&plan, state, &groups, asked, threads, fallback, outside, watched);
   }
 
-  const Scaling scaling = read_scaling(asked);
+  const Window window = window_on(asked, kHost);
+  const Scaling scaling = read_scaling(asked, window);
   plan.complete_states();
   Sums* const rows = watched.rows(kHost);
   std::vector<Sums> sums(rows ? plan.jobs().size() : 0);
@@ -106,7 +123,9 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
     if (rows) plan.write_rows(kHost, watched, sums, rows);
     plan.advance();
   }
-  return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped);
+  remember(scaling, verdict, window);
+  return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped,
+                        verdict.factor);
 }
 
 void Engine::step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
@@ -133,7 +152,7 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
   const bool uses_host = plan->count_on(kHost) != 0;
 
   // What the norm adds up: on the CPU, and elsewhere.
-  double sum = 0;
+  double sum = 0, factor = 1;
   py::list sums;
   if (needs_norm) {
     if (uses_host) {
@@ -151,9 +170,11 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
   }
 
   Scaling scaling;
+  Verdict verdict{};
+  Window window;
   py::object norm = py::float_(kNoNorm);
-  py::object skipped = py::bool_(false);
-  const bool waits = uses_host || !plan->params().unsupported().empty() ||
+  py::object skipped = py::bool_(false), said_factor = py::none();
+  const bool waits = uses_host || queues.empty() || !plan->params().unsupported().empty() ||
                      (asked.may_skip() && plan->skips_on_host());
   if (needs_norm && (waits || queues.size() > 1)) {  // each device needs the others' sums
     for (DeviceQueue& queue : queues) {
@@ -161,44 +182,61 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
     }
   }
   if (waits) {  // for the verdict, which is needed on the CPU
-    scaling = read_scaling(asked);
+    window = window_on(asked, kHost);
+    scaling = read_scaling(asked, window);
     for (const py::handle each : sums) sum += wait_for(each);
-    const Verdict verdict = decide(scaling, sum);
+    verdict = decide(scaling, sum);
     if (needs_norm) norm = py::float_(verdict.norm);
-    if (verdict.skipped || is_to_skip(asked)) return py::make_tuple(norm, true);
-    scaling = {};
-    scaling.coefficient = verdict.factor;
-  } else if (needs_norm || asked.may_skip() || asked.has_tensors()) {
+    if (is_to_skip(asked)) return py::make_tuple(norm, true, verdict.factor);
+    if (verdict.skipped) {
+      remember(scaling, verdict, window);
+      return py::make_tuple(norm, true, verdict.factor);
+    }
+    factor = verdict.factor;
+  } else if (needs_norm || asked.may_skip() || asked.has_tensors() || asked.watch) {
     for (DeviceQueue& queue : queues) {
       const bool alone = needs_norm && queues.size() == 1;
+      const Window here = window_on(asked, queue.place());
       queue.decide(asked, sum, sums,
-                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>());
+                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>(), here);
+      // All decide alike, and one remembers: that where the optimizer has its window, if any.
+      if (&queue == &queues.front() || !here.is_copy()) window = here;
     }
     if (needs_norm) norm = queues[0].norm_result();
     if (asked.may_skip()) skipped = queues[0].skipped_result();
+    if (asked.says_factor) said_factor = queues[0].factor_result();
   } else {
-    scaling = read_scaling(asked);
+    factor = decide(read_scaling(asked, window), 0).factor;
   }
 
-  const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
   update_parts(plan, &queues, threads, factor, watched);
   step_later(plan->later(), state, groups, asked.may_skip(), &queues, threads, factor, watched);
-  return py::make_tuple(norm, skipped);
+  if (waits) {
+    remember(scaling, verdict, window);
+  } else {
+    window.put_back();
+  }
+  if (said_factor.is_none()) said_factor = py::float_(factor);
+  return py::make_tuple(norm, skipped, said_factor);
 }
 
+using Followers = std::vector<std::vector<cuda::Update>>;  // by their place
+
 // Updates, of which statistics are taken. Where one finds what another has left, each is watched by
-// itself; but those of Lookahead, which come after all others, with them.
+// itself; but those of followers, which come after all others, with them.
 static void update_watched(const DeviceQueue& queue, const std::vector<cuda::Update>& updates,
-                           const std::vector<cuda::Update>& after,
-                           const std::vector<cuda::WatchItem>& items, bool in_order) {
-  const bool one_by_one = in_order && after.empty();
+                           const Followers& after, const std::vector<cuda::WatchItem>& items,
+                           bool in_order) {
+  const bool follows =
+      std::any_of(after.begin(), after.end(), [](const auto& each) { return !each.empty(); });
+  const bool one_by_one = in_order && !follows;
   const size_t count = one_by_one ? 1 : updates.size();
   for (size_t i = 0; i < updates.size(); i += count) {
     const auto begin = static_cast<ptrdiff_t>(i), end = static_cast<ptrdiff_t>(i + count);
     const auto add_up = queue.watch({items.begin() + begin, items.begin() + end});
     queue.update({updates.begin() + begin, updates.begin() + end}, in_order);
-    queue.update(after, in_order);
+    for (const auto& each : after) queue.update(each, in_order);
     add_up();
   }
 }
@@ -210,13 +248,16 @@ void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, dou
   for (DeviceQueue& queue : *queues) {
     const bool in_order = plan->share_memory(queue.device());
     const auto updates = plan->updates(queue.device(), factor);
-    const auto after = plan->updates_after(queue.device());
+    Followers after;
+    for (int place = 1; place <= kMaxFollowers; ++place) {
+      after.push_back(plan->updates_after(queue.device(), place));
+    }
     if (Sums* const there = watched.rows(queue.place())) {
       update_watched(queue, updates, after, plan->watch_items(queue.device(), watched, there),
                      in_order);
     } else {
       queue.update(updates, in_order);
-      queue.update(after, in_order);
+      for (const auto& each : after) queue.update(each, in_order);
     }
   }
   for (DeviceQueue& queue : *queues) queue.launch();

@@ -26,7 +26,7 @@ class Watches(Clips, FallsBack):
     """Statistics, for `fusedopt._base.Fused`."""
 
     _statistics: Statistics | None = None
-    _watch: Statistics | None = None  # of the step that is being made
+    _watching: Statistics | None = None  # of the step that is being made
     _statistics_requested = False
     _steps_of_statistics = 0
 
@@ -45,14 +45,14 @@ class Watches(Clips, FallsBack):
         every = self.defaults.get("track_statistics", False)
         turn = every and (self._steps_of_statistics + 1) % every == 0
         if not turn and not self._statistics_requested:
-            self._watch = None
-        elif self._watch is None or self._release is None:  # which steps before the step
-            self._watch = Statistics(self.param_groups, scaling.unscale)
+            self._watching = None
+        elif self._watching is None or self._release is None:  # which steps before the step
+            self._watching = Statistics(self.param_groups, scaling.unscale)
 
     def _end_watch(self, skipped: bool | Tensor) -> None:
         """Count the step; what was found out in it is its statistics."""
         self._steps_of_statistics += 1
-        watch, self._watch = self._watch, None
+        watch, self._watching = self._watching, None
         if watch is None:
             return
         self._statistics_requested = False
@@ -63,7 +63,7 @@ class Watches(Clips, FallsBack):
 
     def _watched(self, groups: list[dict[str, Any]]) -> Part | None:
         """Return where the statistics of these groups go, if they are to have any."""
-        return None if self._watch is None else self._watch.part_of(groups)
+        return None if self._watching is None else self._watching.part_of(groups)
 
     # ---- the readable spec, for what the engine does not step --------------------------------
 
@@ -92,9 +92,9 @@ class Watches(Clips, FallsBack):
             skip: if this is not 0, it does nothing.
             with_gradients: note their gradients, too.
         """
-        if self._watch is None:
+        if self._watching is None:
             return nullcontext()
-        return self._noting_change(self._watch.last_part, pairs, skip, with_gradients)
+        return self._noting_change(self._watching.last_part, pairs, skip, with_gradients)
 
     @contextmanager
     def _noting_change(
