@@ -27,10 +27,13 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
   const Rule rule = given;  // which nothing stored can change
   // The tail is the same text on a partial vector.
   const auto step = [&](auto load, auto store) __attribute__((always_inline)) {
-    V p = load(streams[kParam]);
-    V g = load(streams[kGrad]) * grad_scale;
+    const auto read = [&](int s) __attribute__((always_inline)) {
+      return loads<Rule>(s) ? load(streams[s]) : V{};
+    };
+    V p = read(kParam);
+    V g = read(kGrad) * grad_scale;
     V state[kMaxStates];
-    for (int s = 0; s < Rule::kStates; ++s) state[s] = load(streams[kFirstState + s]);
+    for (int s = 0; s < Rule::kStates; ++s) state[s] = read(kFirstState + s);
     rule(p, g, state);
     if (stores<Rule>(kParam)) store(p, streams[kParam]);
     for (int s = 0; s < Rule::kStates; ++s) {
