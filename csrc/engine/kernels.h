@@ -65,7 +65,7 @@ struct Rule {
   int states, scalars;
   unsigned keeps, ignores;        // bit s: stream s is not stored, or not loaded
   Update update_f32, update_f64;  // by compute precision
-  UpdateAndAdd update_and_add;  // null if it keeps the parameter
+  UpdateAndAdd update_and_add;    // null if it keeps the parameter
 };
 
 // What a norm adds up: |x|, x * x, or the largest |x|. In double, over blocks of kNormBlock
