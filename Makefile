@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Tests of what optimizers do, wherever parameters are.
-ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py ema.py ema_around.py ema_life.py ema_swapped.py kept_streams.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py spikes.py spikes_kept.py spikes_beside.py)
+ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py ema.py ema_around.py ema_life.py ema_swapped.py kept_streams.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py spikes.py spikes_kept.py spikes_beside.py statistics.py statistics_paths.py)
 
 # Files of tests side by side, each in one process.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
