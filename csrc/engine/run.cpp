@@ -96,7 +96,10 @@ static void update_elements(const Job& job, int64_t first, int64_t end, const Pi
     }
     job.update(job.scalars, scale, job.streams, job.origin, first, end - first, next_streams);
   }
-  if (job.then) update_elements(*job.then, first, end, {job.then, first, 0, 0}, 1);
+  if (!job.then) return;
+  const Piece here{job.then, first, 0, 0};
+  const Piece after{next.job->then, next.first, 0, 0};
+  update_elements(*job.then, first, end, after.job ? after : here, 1);
 }
 
 // The elements of a piece that are updated with it: of blocks, those that begin there.
