@@ -88,7 +88,7 @@ void update_as_plain(Trial& from, Trial& plain) {
   update_all(plain.job());
 }
 
-void check_layouts(const Work& work, int turn) {
+void check_layouts(const Kernels& kernels, const Work& work, int turn) {
   constexpr int kSizes = 4;
   const std::vector<int64_t> sizes[kSizes] = {{7, 5, 11}, {100, 3}, {1, 1}, {259}};
   const std::vector<int64_t>& chosen = sizes[turn % kSizes];
@@ -98,7 +98,7 @@ void check_layouts(const Work& work, int turn) {
     Trial plain(work, 0, trial.job().numel, 0);
     update_as_plain(trial, plain);
     trial.forbid_sentinels(true);
-    fusedopt::run_updates({trial.job()}, 1, 1);
+    fusedopt::run_updates(kernels, {trial.job()}, 1, 1);
     trial.forbid_sentinels(false);
     trial.check(plain, 0,
                 work.name() + ", " + std::to_string(chosen.size()) + " dimensions, variant " +
@@ -169,7 +169,8 @@ uint64_t check_norms(const Kernels& kernels) {
 // ---- many jobs at once --------------------------------------------------------------------------
 
 // All of the work in one call: sizes around that of a piece among many small ones, and layouts.
-void check_jobs(const std::deque<Work>& all, std::deque<Trial>& wholes, int threads, int turn) {
+void check_jobs(const Kernels& kernels, const std::deque<Work>& all, std::deque<Trial>& wholes,
+                int threads, int turn) {
   std::deque<Trial> trials, plains;
   std::vector<Trial*> expected;
   std::vector<Job> jobs;
@@ -190,7 +191,7 @@ void check_jobs(const std::deque<Work>& all, std::deque<Trial>& wholes, int thre
     jobs.push_back(trial.job());
     trial.forbid_sentinels(true);
   }
-  fusedopt::run_updates(jobs, threads, 1);
+  fusedopt::run_updates(kernels, jobs, threads, 1);
   for (Trial& trial : trials) trial.forbid_sentinels(false);
   for (size_t t = 0; t < trials.size(); ++t) {
     trials[t].check(
@@ -218,7 +219,7 @@ void check_isa(const Kernels& kernels, const std::vector<Sums>& sums) {
         whole.check_gradient(0, work.name());
         check_counts(work, whole);
         check_chopped(work, whole);
-        check_layouts(work, static_cast<int>(all.size()));
+        check_layouts(kernels, work, static_cast<int>(all.size()));
         hash = hash_of(hash, whole);
       }
       std::printf("%s %016llx\n", all.back().name().c_str(), static_cast<unsigned long long>(hash));
@@ -232,7 +233,7 @@ void check_isa(const Kernels& kernels, const std::vector<Sums>& sums) {
   std::printf("modes %016llx\n", static_cast<unsigned long long>(modes));
   total = fnv1a(total, modes, 8);
   int turn = 0;
-  for (const int threads : {1, 2, 3, 8}) check_jobs(all, wholes, threads, turn++);
+  for (const int threads : {1, 2, 3, 8}) check_jobs(kernels, all, wholes, threads, turn++);
   std::printf("total %016llx\n", static_cast<unsigned long long>(total));
   std::fflush(stdout);
 }

@@ -1,5 +1,6 @@
-// Streams of two arrays, in blocks or with random bits: the same hash on every machine, and the
-// same bytes whatever the threads, or in which order elements are visited.
+// Streams of two arrays, in blocks or with random bits, and the statistics of their steps: the same
+// hash on every machine, and the same bytes whatever the threads, or in which order elements are
+// visited.
 #pragma once
 
 #include <cmath>
@@ -18,6 +19,8 @@ struct Mode {
   DType param, grad, state;  // of states without a sign, e4m3 is e5m3
 };
 constexpr Mode kModes[] = {
+    {"float32", DType::f32, DType::f32, DType::f32},
+    {"float64", DType::f64, DType::f64, DType::f64},
     {"masters, float32", DType::bf16_split, DType::bf16, DType::f32},
     {"masters, bfloat16", DType::bf16_split, DType::bf16, DType::bf16},
     {"masters, 8 bits", DType::bf16_split, DType::bf16, DType::e4m3},
@@ -39,7 +42,8 @@ constexpr DType number_of(DType dtype) {
 class ModeTrial {
  public:
   ModeTrial(const Rule& rule, const Mode& mode, int64_t row, int64_t numel) {
-    job_.update = rule.update_f32;
+    job_.update = mode.param == DType::f64 ? rule.update_f64 : rule.update_f32;
+    job_.update_and_add = rule.update_and_add;
     job_.numel = numel;
     job_.stream_count = fusedopt::kFirstState + rule.states;
     job_.origin = {0x12345678, 9, 7 * row, {row}};
@@ -103,6 +107,9 @@ class ModeTrial {
       std::memcpy(&master, &number, sizeof(master));
       if (dtype == DType::f32) {
         std::memcpy(array->data() + 4 * i, &number, 4);
+      } else if (dtype == DType::f64) {
+        const double wide = master;
+        std::memcpy(array->data() + 8 * i, &wide, 8);
       } else if (fusedopt::has_blocks(dtype)) {
         const auto code = static_cast<uint8_t>(bits % (has_no_sign ? 240 : 120));
         (*array)[static_cast<size_t>(i)] = static_cast<char>(code);
@@ -125,6 +132,16 @@ class ModeTrial {
   std::vector<std::vector<char>> arrays_, seconds_;
 };
 
+// Each NaN the same.
+inline std::vector<char> bytes_of(const fusedopt::Sums& sums) {
+  std::vector<char> bytes(sizeof(sums));
+  std::memcpy(bytes.data(), &sums, sizeof(sums));
+  for (size_t i = 0; i < bytes.size(); i += sizeof(double)) {
+    store(canonical(load(&bytes[i], DType::f64), DType::f64), &bytes[i], DType::f64);
+  }
+  return bytes;
+}
+
 template <class Hash>
 uint64_t check_modes(const fusedopt::Kernels& kernels, Hash hash_bytes) {
   uint64_t total = 0;
@@ -135,14 +152,21 @@ uint64_t check_modes(const fusedopt::Kernels& kernels, Hash hash_bytes) {
         const int64_t numel = row * 300;
         ModeTrial whole(rule, mode, row, numel);
         for (int step = 0; step < 2; ++step) update_all(whole.job());
+        std::vector<char> statistics;
         for (const int threads : {1, 3}) {
           ModeTrial shared(rule, mode, row, numel);
-          for (int step = 0; step < 2; ++step) fusedopt::run_updates({shared.job()}, threads, 1);
-          if (shared.all() != whole.all()) {
+          fusedopt::Sums sums;
+          for (int step = 0; step < 2; ++step) {
+            fusedopt::run_updates(kernels, {shared.job()}, threads, 1, &sums);
+          }
+          const std::vector<char> found = bytes_of(sums);
+          if (shared.all() != whole.all() || (threads > 1 && found != statistics)) {
             fail("%s of %s, rows of %d, %d threads", mode.name, rule.name, static_cast<int>(row),
                  threads);
           }
+          statistics = found;
         }
+        total = hash_bytes(total, statistics);
         for (const std::vector<char>& bytes : whole.all()) total = hash_bytes(total, bytes);
       }
     }
