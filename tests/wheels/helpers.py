@@ -1,0 +1,72 @@
+"""Virtual environments outside of the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+STEP = """
+import re, sys, torch, fusedopt
+assert fusedopt.__file__.startswith(sys.prefix), fusedopt.__file__
+w = torch.ones(5, requires_grad=True)
+optimizer = fusedopt.SGD([w], lr=0.5, max_grad_norm=1e9)
+(w * w).sum().backward()
+optimizer.step()
+assert w.tolist() == [0.0] * 5, w
+try:
+    fusedopt.SGD([w], lr=-1)
+except ValueError as error:  # thrown in C++ or in Python, it comes as one
+    assert "lr" in str(error)
+with torch.inference_mode():  # a torch exception, caught in the module
+    frozen = torch.ones(3)
+    frozen.grad = torch.ones(3)
+    fusedopt.SGD([frozen], lr=0.5).step()
+assert frozen.tolist() == [0.5] * 3, frozen
+with open("/proc/self/maps") as maps:
+    print(*{x for x in re.findall(r"/\\S*lib(?:gomp|omp|iomp5)\\b\\S*", maps.read())})
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command without the checkout on its path; return what it prints."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "SKBUILD_CMAKE_DEFINE"}
+    }
+    done = subprocess.run(
+        [str(x) for x in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def environment_with_torch(place: Path) -> Path:
+    """Make an environment that sees this one's packages after its own; return its Python."""
+    venv.create(place, symlinks=True)
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    packages = place / "lib" / name / "site-packages"
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return place / "bin" / "python"
+
+
+def pip(python: Path, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+    """Run this environment's pip for another one."""
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--python",
+        python,
+    ]
+    return run(*command, *arguments, cwd=cwd, **environment)

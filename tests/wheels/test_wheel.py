@@ -1,0 +1,45 @@
+"""The wheel in dist/, in an environment of its own: ``make wheels``, then ``make test-wheels``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.wheels.helpers import ROOT, STEP, environment_with_torch, pip, run
+from tools.make_wheels import MAY_NEED, OLDER_LIBRARIES, needed
+
+TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wheels = sorted(ROOT.glob(f"dist/*-{TAG}-{TAG}-manylinux*.whl"))
+    if not wheels:
+        pytest.fail(f"no wheel for {TAG} in dist/: make wheels")
+    place = tmp_path_factory.mktemp("a wheel")
+    python = environment_with_torch(place / "venv")
+    began = time.monotonic()
+    pip(python, "install", "--no-index", "--no-deps", wheels[-1], cwd=place)
+    print(f"installed in {time.monotonic() - began:.1f} s")
+    return python
+
+
+def test_it_steps_with_one_openmp_runtime_that_of_torch(python: Path) -> None:
+    runtimes = run(python, "-c", STEP, cwd=python.parent).split()
+    assert len(runtimes) == 1
+    assert "/torch/lib/" in runtimes[0]
+
+
+def test_it_is_linked_with_nothing_of_torch_or_cuda(python: Path) -> None:
+    where = "from fusedopt import _core; print(_core.__file__)"
+    module = Path(run(python, "-c", where, cwd=python.parent).strip())
+    for name in needed(module):
+        assert MAY_NEED.match(name) or OLDER_LIBRARIES.match(name), name
+
+
+def test_the_diagnosis_and_the_benchmark_run_without_the_checkout(python: Path) -> None:
+    assert "gather    fast" in run(python, "-m", "fusedopt", cwd=python.parent)
+    assert "--quick" in run(python, "-m", "fusedopt.bench", "--help", cwd=python.parent)

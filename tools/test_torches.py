@@ -1,0 +1,184 @@
+"""Tests one wheel with each torch that it says it works with: ``make test-torches``.
+
+    python -m tools.test_torches WHEEL [VERSION...] [--again]
+
+Without versions, the last release of each minor version on the package index, from the oldest that
+pyproject.toml allows. Each gets a virtual environment of its own, removed afterwards, with what
+``import torch`` loads of its dependencies, and without the gigabytes that it does not. Results go
+into docs/torches.json, one after the other; versions that this wheel has been tested with are
+passed over, unless --again is given. ``python -m tools.support_page --write`` draws the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "torches.json"
+WORK = ROOT / "build" / "torches"
+
+TESTS = [
+    "contract", "test_gather.py", "test_kernels.py", "test_pending_clip.py",
+    "test_clip_to_infinity.py", "test_traps.py",
+]  # fmt: skip
+TEST_NEEDS = ["pytest", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
+
+# Of the dependencies of torch for CUDA, what nothing loads until a GPU or a compiler is used.
+NOT_LOADED = re.compile(
+    r"(triton|cuda-bindings|cuda-pathfinder|nvidia-(cusolver|nvtx|cuda-nvrtc)(-cu\d+)?)$"
+)
+
+# Prints, as JSON, what a step takes with each gather; read by `facts`.
+PROBE = Path(__file__).parent / "gather_ratio.py"
+
+
+def run(*command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(x) for x in command], text=True, check=False, **kwargs)
+
+
+def pip(python: Path, *arguments: str) -> str:
+    """Run pip for another Python, which needs none of its own; return what it prints."""
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--python",
+        python,
+    ]
+    done = run(*command, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def oldest() -> tuple[int, ...]:
+    """Return the oldest torch that the package asks for."""
+    found = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert found
+    return version_of(found[1])
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", text.split("+", maxsplit=1)[0]))
+
+
+def last_of_each_minor(versions: list[str], first: tuple[int, ...]) -> list[str]:
+    """Return the newest of each minor version from the first on, oldest first."""
+    last: dict[tuple[int, ...], str] = {}
+    for version in sorted({v.split("+")[0] for v in versions}, key=version_of):
+        if version_of(version)[:2] >= first[:2]:
+            last[version_of(version)[:2]] = version
+    return list(last.values())
+
+
+def on_the_index() -> list[str]:
+    done = run(sys.executable, "-m", "pip", "index", "versions", "torch", stdout=subprocess.PIPE)
+    found = re.search(r"Available versions: (.*)", done.stdout)
+    if not found:
+        raise SystemExit("the package index does not say which versions of torch there are")
+    return found[1].split(", ")
+
+
+def install(python: Path, torch: str, wheel: Path) -> None:
+    """Install torch, what it loads, what the tests need, and the wheel."""
+    constraints = WORK / "constraints.txt"
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    dependencies = {"torch", "setuptools", "fsspec", "sympy", "networkx", "jinja2", "filelock"}
+    constraints.write_text(
+        "\n".join(line for line in pinned if line.split("==")[0].lower() not in dependencies)
+    )
+    wanted = [f"torch=={torch}", *TEST_NEEDS, "--constraint", str(constraints)]
+    resolved = json.loads(pip(python, "install", "--dry-run", "--quiet", "--report", "-", *wanted))
+    pins = [
+        f"{item['metadata']['name']}=={item['metadata']['version']}"
+        for item in resolved["install"]
+        if not NOT_LOADED.match(item["metadata"]["name"])
+    ]
+    pip(python, "install", "--quiet", "--no-deps", "--no-cache-dir", *pins, str(wheel))
+
+
+def counts(text: str) -> dict[str, int]:
+    """Return how many tests passed, failed and so on, by pytest's last line."""
+    lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]) if lines else []
+    return {name: int(count) for count, name in found}
+
+
+def facts(python: Path) -> dict[str, Any]:
+    """Say what the installed wheel sees of the installed torch."""
+    done = run(python, PROBE, cwd=WORK, stdout=subprocess.PIPE)
+    return json.loads(done.stdout) if done.returncode == 0 else {"gather": "failed"}
+
+
+def test(torch: str, wheel: Path, workers: str) -> dict[str, Any]:
+    """Return what became of all tests with one torch."""
+    place = WORK / f"torch-{torch}"
+    python = place / "bin" / "python"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        venv.create(place, symlinks=True)
+        began = time.monotonic()
+        install(python, torch, wheel)
+        print(f"torch {torch}: installed in {time.monotonic() - began:.0f} s", flush=True)
+        result = facts(python)
+        log = WORK / f"torch-{torch}.log"
+        with log.open("w") as file:
+            tests = [f"tests/{name}" for name in TESTS]
+            pytest: list[str | Path] = [
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-n",
+                workers,
+            ]
+            run(*pytest, "--dist", "worksteal", *tests, cwd=ROOT, stdout=file, stderr=file)
+        tally = counts(log.read_text())
+        print(f"torch {torch}: {tally or 'no tests ran'} ({log.relative_to(ROOT)})", flush=True)
+        return {**result, "tests": tally, "seconds": round(time.monotonic() - began)}
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("versions", nargs="*", metavar="VERSION")
+    parser.add_argument("--again", action="store_true", help="also those with results")
+    parser.add_argument("--workers", default="2", help="processes of pytest")
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    wheel = args.wheel.resolve()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    page = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if page.get("sha256") != digest:  # another wheel: nothing is known of it
+        system = f"{platform.system()} {platform.machine()}"
+        python = f"{platform.python_implementation()} {platform.python_version()}"
+        page = {"sha256": digest, "wheel": wheel.name, "system": system, "python": python}
+    torches = page.setdefault("torches", {})
+    for version in args.versions or last_of_each_minor(on_the_index(), oldest()):
+        if version in torches and not args.again:
+            print(f"torch {version}: has results", flush=True)
+            continue
+        torches[version] = test(version, wheel, args.workers)
+        RESULTS.write_text(json.dumps(page, indent=1) + "\n")
+    bad = [v for v, result in torches.items() if set(result["tests"]) - {"passed", "skipped"}]
+    sys.exit(f"tests fail with torch {', '.join(bad)}" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
