@@ -81,7 +81,7 @@ wheels: .venv/wheels
 	$(RUN)/python -m tools.make_wheels $(PYTHONS) $(if $(CUDA),--cuda "$(CUDA)") $(ARGS)
 
 ## make test-wheels    the wheel in dist/ installed, and the sdist built in several ways
-test-wheels: .venv/wheels
+test-wheels: .venv/wheels .venv/installed
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest $(ARGS) tests/wheels
 
 ## make test-torches   that wheel with each torch from the oldest on: gigabytes of downloads

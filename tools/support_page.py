@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.make_guide import rewrite
+from tools.test_torches import TESTS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "support.md"
@@ -23,6 +24,8 @@ def read(name: str) -> Any:
 
 def torch_lines(results: dict[str, Any]) -> list[str]:
     """One row a torch that the wheel was tested with."""
+    if not results:
+        return ["Nothing was run yet."]
     lines = [
         f"`{results['wheel']}` on {results['python']}, {results['system']}:",
         "",
@@ -36,6 +39,8 @@ def torch_lines(results: dict[str, Any]) -> list[str]:
         gather = "fast" if result.get("fast_gather") else "slow"
         ratio = result.get("times_slower_by_attributes")
         times = f"{ratio} times as long" if ratio else ""
+        if result["of"] != TESTS:
+            tests += " of " + ", ".join(f"`{name}`" for name in result["of"])
         lines.append(
             f"| {result.get('torch', version)} | {tests or 'none ran'} | {gather} | {times} |"
         )
