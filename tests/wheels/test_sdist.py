@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wheels.helpers import ROOT, STEP, environment_with_torch, pip, run
+from tests.wheels.helpers import ROOT, STEP, environment, pip, run, show_torch
 
 SMALL = ["-C", "cmake.define.FUSEDOPT_ISAS=generic", "-C", "cmake.define.FUSEDOPT_CUDA=OFF"]
 WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -44,10 +44,11 @@ def test_it_builds(way: str, sources: Path, tmp_path: Path) -> None:
     options, variables = WAYS[way]
     if shutil.which(variables.get("CXX", "c++")) is None:
         pytest.skip(f"needs {variables['CXX']}")
-    python = environment_with_torch(tmp_path / "a venv")
+    python = environment(tmp_path / "a venv")
     install = ["install", "--no-deps", "--build-constraint", str(ROOT / "constraints.txt")]
     target = [*options, str(sources)] if "--editable" not in options else ["-e", str(sources)]
     pip(python, *install, *SMALL, *target, cwd=tmp_path, **variables)
+    show_torch(python)
     code = (
         STEP if way != "editable" else STEP.replace("assert fusedopt.__file__", "assert True or ''")
     )
@@ -58,6 +59,7 @@ def test_it_builds_with_uv(sources: Path, tmp_path: Path) -> None:
     uv = shutil.which("uv")
     if uv is None:
         pytest.skip("needs uv")
-    python = environment_with_torch(tmp_path / "a venv")
+    python = environment(tmp_path / "a venv")
     run(uv, "pip", "install", "--python", python, "--no-deps", *SMALL, sources, cwd=tmp_path)
+    show_torch(python)
     run(python, "-c", STEP, cwd=tmp_path)

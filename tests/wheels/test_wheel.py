@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wheels.helpers import ROOT, STEP, environment_with_torch, pip, run
+from tests.wheels.helpers import ROOT, STEP, environment, pip, run, show_torch
 from tools.make_wheels import MAY_NEED, OLDER_LIBRARIES, needed
 
 TAG = f"cp{sys.version_info[0]}{sys.version_info[1]}"
@@ -20,10 +20,11 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not wheels:
         pytest.fail(f"no wheel for {TAG} in dist/: make wheels")
     place = tmp_path_factory.mktemp("a wheel")
-    python = environment_with_torch(place / "venv")
+    python = environment(place / "venv")
     began = time.monotonic()
     pip(python, "install", "--no-index", "--no-deps", wheels[-1], cwd=place)
     print(f"installed in {time.monotonic() - began:.1f} s")
+    show_torch(python)
     return python
 
 
