@@ -21,7 +21,7 @@ optimizer.step()
 assert w.tolist() == [0.0] * 5, w
 try:
     fusedopt._core.Engine("none")
-except ValueError as error:  # thrown in C++
+except RuntimeError as error:  # thrown in C++
     assert "none" in str(error)
 else:
     raise AssertionError("not thrown")
