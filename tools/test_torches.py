@@ -35,9 +35,7 @@ TESTS = [
 TEST_NEEDS = ["pytest", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 
 # Of the dependencies of torch for CUDA, what nothing loads until a GPU or a compiler is used.
-NOT_LOADED = re.compile(
-    r"(triton|cuda-bindings|cuda-pathfinder|nvidia-(cusolver|nvtx|cuda-nvrtc)(-cu\d+)?)$"
-)
+NOT_LOADED = re.compile(r"(triton|cuda-bindings|cuda-pathfinder|nvidia-(cusolver|nvtx)(-cu\d+)?)$")
 
 # Prints, as JSON, what a step takes with each gather; read by `facts`.
 PROBE = Path(__file__).parent / "gather_ratio.py"
@@ -118,8 +116,11 @@ def counts(text: str) -> dict[str, int]:
 
 def facts(python: Path) -> dict[str, Any]:
     """Say what the installed wheel sees of the installed torch."""
-    done = run(python, PROBE, cwd=WORK, stdout=subprocess.PIPE)
-    return json.loads(done.stdout) if done.returncode == 0 else {"gather": "failed"}
+    done = run(python, PROBE, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test(torch: str, wheel: Path, names: list[str], workers: str) -> dict[str, Any]:
