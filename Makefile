@@ -10,12 +10,12 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Tests of what optimizers do, wherever parameters are.
-ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py)
+ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_oracle.py lookahead.py ema.py ema_around.py ema_life.py ema_swapped.py kept_streams.py traps.py bad_input.py norm.py repeated_params.py streams_apart.py pending_clip.py clip_to_infinity.py spikes.py spikes_kept.py spikes_beside.py)
 
 # Files of tests side by side, each in one process.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo docs test bench bench-peers bench-docs count lint format wheel test-machines
+.PHONY: help demo docs site test-site site-links test bench bench-peers bench-docs count lint format wheel test-machines
 .PHONY: wheels test-wheels test-torches lint-release
 .PHONY: test-ecosystem gpu-check gpu-rows gpu-sanitize clean
 .DELETE_ON_ERROR:
@@ -34,6 +34,20 @@ docs: .venv/installed
 	$(RUN)/python -m tools.memory_speed
 	$(RUN)/python -m tools.memory_page --write
 	$(RUN)/python -m tools.muon_page
+
+## make site           the documentation as a site, in build/site
+site: .venv/site .venv/installed
+	$(RUN)/python -m sphinx --quiet --fail-on-warning --keep-going \
+	  -c tools/site -d build/site-doctrees docs build/site
+
+## make test-site      open its pages in Chromium, as wide as a desktop and a telephone
+test-site: site
+	$(RUN)/python -m pytest $(ARGS) tests/site
+
+## make site-links     look whether what it links to elsewhere is there: asks other machines
+site-links: .venv/site .venv/installed
+	$(RUN)/python -m sphinx --quiet --keep-going --builder linkcheck \
+	  -c tools/site -d build/site-doctrees docs build/site-links
 
 ## make test           all tests, some of them once more with a GPU that the CPU plays
 test: .venv/installed
@@ -140,6 +154,10 @@ clean:
 
 .venv/ecosystem: .venv/dependencies
 	$(PIP) install --constraint constraints.txt --group ecosystem
+	@touch $@
+
+.venv/site: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group site
 	@touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)

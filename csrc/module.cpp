@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/kernel.h"
+#include "engine/ahead.h"
 #include "engine/probe.h"
 #include "engine/schedule.h"
 #include "step/interface.h"
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_core, m) {
 #else
   m.attr("emulated_device") = false;
 #endif
+  m.attr("ahead") = fusedopt::bytes_ahead(INT64_MAX);  // in long arrays
   m.attr("tile") = fusedopt::cuda::kTile;
   m.attr("piece_bytes") = fusedopt::kPieceBytes;
   m.attr("compiler") = FUSEDOPT_COMPILER;

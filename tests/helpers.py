@@ -180,6 +180,20 @@ def slow_gather() -> Iterator[None]:
         _engine.engine = engine
 
 
+def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these variables, and no others of ours, in its environment."""
+    ours = ("FUSEDOPT_ISA", "FUSEDOPT_AHEAD", "OMP_NUM_THREADS")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, *args],
+        env=inherited | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
 def run_script(code: str, *, warnings: str = "error", **environment: str) -> str:
     """Run code in a Python of its own, from the root of the tree, and return what it prints."""
     result = subprocess.run(

@@ -20,6 +20,7 @@ from tests.registry import Config
 OPTIONS = {
     "max_grad_norm": 0.25,
     "skip_nonfinite": True,
+    "skip_spikes": fusedopt.Spikes(sigmas=5.0),
     "amp_scaling": True,
     "state_dtype": torch.bfloat16,
     "master_weights": True,

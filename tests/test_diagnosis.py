@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -13,20 +11,7 @@ import torch
 import fusedopt
 from fusedopt import __main__ as diagnosis
 from fusedopt import _core
-
-
-def run_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these variables, and no others of ours, in its environment."""
-    ours = ("FUSEDOPT_ISA", "OMP_NUM_THREADS")
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(
-        [sys.executable, *args],
-        env=inherited | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from tests.helpers import run_python
 
 
 def report_of(**env: str) -> dict[str, str]:
@@ -44,6 +29,7 @@ def test_report() -> None:
     assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     best = fusedopt.isas()[0]
     assert facts["isa"] == f"{best}, of {', '.join(fusedopt.isas())}; FUSEDOPT_ISA not set"
+    assert facts["ahead"] == f"{_core.ahead} bytes in long arrays; FUSEDOPT_AHEAD not set"
     assert facts["threads"].endswith("OMP_NUM_THREADS not set")
     no_kernels = "no kernels in this build: torch steps parameters on cuda"
     assert facts["cuda"].startswith(_core.cuda_archs or no_kernels)

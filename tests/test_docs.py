@@ -35,6 +35,12 @@ def test_the_snippets_on_memory_run_in_order() -> None:
         exec(compile(code, "docs/memory.md", "exec"), namespace)
 
 
+def test_the_snippets_on_spikes_run() -> None:
+    text = (DOCS / "spikes.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/spikes.md", "exec"), {})
+
+
 def test_the_snippets_of_the_readme_run_in_order(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 1)
 

@@ -29,6 +29,7 @@ from tests.registry import Config
 DEFAULTS = {
     "max_grad_norm": None,
     "skip_nonfinite": False,
+    "skip_spikes": False,
     "amp_scaling": False,
     "state_dtype": None,
     "master_weights": False,
@@ -38,6 +39,7 @@ DEFAULTS = {
 OTHERS = {
     "max_grad_norm": 0.25,
     "skip_nonfinite": True,
+    "skip_spikes": True,
     "amp_scaling": True,
     "state_dtype": torch.bfloat16,
     "master_weights": True,
@@ -144,7 +146,8 @@ def test_options_may_be_set_through_a_wrapper_of_the_same_class(name: str) -> No
     assert getattr(optimizer, name) == getattr(wrapper, name) == OTHERS[name]
     set_gradients(all_params(optimizer), 0)
     wrapper.step()
-    assert (wrapper.grad_norm is None) == (name not in ("max_grad_norm", "skip_nonfinite"))
+    asks_for_norm = name in ("max_grad_norm", "skip_nonfinite", "skip_spikes")
+    assert (wrapper.grad_norm is not None) == asks_for_norm
 
 
 # ---- copies and pickles --------------------------------------------------------------------------

@@ -74,9 +74,14 @@ def _matrix(mode: str, side: int) -> Parameter:
 
 def count(optimizer: str, mode: str) -> Bytes:
     """Count the bytes of a large matrix and of what belongs to it."""
-    p = _matrix(mode, SIDE)
+    return count_of(OPTIMIZERS[optimizer], mode)
+
+
+def count_of(make: Callable[..., Any], mode: str, side: int = SIDE) -> Bytes:
+    """Do so with any optimizer, which is made of parameters and the options of the mode."""
+    p = _matrix(mode, side)
     assert p.grad is not None
-    made = OPTIMIZERS[optimizer]([p], **MEMORY[mode].options)
+    made = make([p], **MEMORY[mode].options)
     made.step()
     state = {key: x.nbytes for key, x in made.state[p].items() if isinstance(x, Tensor)}
     states = sum(state.values())

@@ -15,6 +15,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "engine/ahead.h"
 #include "engine/kernels.h"
 
 #define FUSEDOPT_FN [[gnu::always_inline]] inline
@@ -74,7 +75,7 @@ void update(const double* scalars, double grad_scale, const Stream* streams, con
   const T scale = round_scalar<T>(grad_scale);
   const auto all_are = [streams](DType dtype) {
     for (int s = 0; s < kFirstState + Rule::kStates; ++s) {
-      if (streams[s].dtype != dtype) return false;
+      if (touches<Rule>(s) && streams[s].dtype != dtype) return false;
     }
     return true;
   };
@@ -106,7 +107,8 @@ struct Make {
   static constexpr Rule entry(const char* name, int flags) {
     constexpr int kScalars = sizeof(F32) / sizeof(float);
     static_assert(F32::kStates <= kMaxStates, "raise kMaxStates");
-    return {name, flags, F32::kStates, kScalars, update<float, F32>, update<double, F64>};
+    return {name,       flags,         F32::kStates,       kScalars,
+            kKept<F32>, kIgnored<F32>, update<float, F32>, update<double, F64>};
   }
 };
 

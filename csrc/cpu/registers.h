@@ -31,6 +31,7 @@ struct Mixture {
   [[gnu::noinline]] static int64_t update(const Rule& given, float grad_scale,
                                           const Stream* streams, const Origin& origin,
                                           int64_t first, int64_t count, const void* const* next) {
+    static_assert(kKept<Rule> == 1u << kGrad && !kIgnored<Rule>, "all streams are taken here");
     constexpr int kStreams = kFirstState + Rule::kStates;
     constexpr int64_t kSizes[] = {item_size(kParamType), item_size(kGradType),
                                   item_size(kStates)..., second_size(kParamType)};
@@ -40,29 +41,29 @@ struct Mixture {
     for (int s = 0; s < kStreams; ++s) own[s] = streams[s];
     const int64_t offset = origin.first;
     // As many elements of each, so that all come to their ends together, and go on at `next`.
-    constexpr int64_t kAhead = kPrefetchBytes / 2;
-    uintptr_t ahead[kStreams + 1];
+    const int64_t distance = bytes_ahead(count * 2) / 2;
+    uintptr_t there[kStreams + 1];
     for (int s = 0; s <= kStreams; ++s) {
       const char* const array = s == kStreams ? own[kParam].second : own[s].data;
-      ahead[s] = reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(kAhead * kSizes[s]);
+      there[s] = reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(distance * kSizes[s]);
     }
     alignas(kVectorBytes) uint16_t random[kRandomTile];
     const RandomBits random_bits(origin.key, origin.draw);
     const int64_t end = first + count;
-    int64_t turn = end - kAhead;  // from there on, what is ahead is at `next`
+    int64_t turn = end - distance;  // from there on, what is ahead is at `next`
     int64_t at = first;
     for (; at + kBlock <= end; at += kBlock) {
       if (at >= turn) {
         turn = end;
         for (int s = 0; s <= kStreams; ++s) {
-          ahead[s] = reinterpret_cast<uintptr_t>(next[s == kStreams ? kParam : s]) +
-                     static_cast<uintptr_t>((kAhead - end) * kSizes[s]);
+          there[s] = reinterpret_cast<uintptr_t>(next[s == kStreams ? kParam : s]) +
+                     static_cast<uintptr_t>((distance - end) * kSizes[s]);
         }
       }
       const int64_t in_tile = (at - first) % kRandomTile;
       if (in_tile == 0) {
 #pragma GCC unroll 8
-        for (int s = 0; s <= kStreams; ++s) prefetch_elements(ahead[s], at, kSizes[s]);
+        for (int s = 0; s <= kStreams; ++s) prefetch_elements(there[s], at, kSizes[s]);
         if (kIsRandom) random_bits(static_cast<uint64_t>(offset + at) / kRandomBlock, random);
       }
       Held<kParamType> p;

@@ -115,7 +115,8 @@ inline const uint16_t* random_tile(const Origin& origin, int64_t first, int64_t 
 // Asks for what comes after a tile of `bytes` at `from`, in an array of which `left` are left from
 // there on.
 FUSEDOPT_FN void prefetch_tile(const char* from, int64_t bytes, int64_t left, const void* next) {
-  for (int64_t at = 0; at < bytes; at += 64) prefetch(ahead_of(from, at, left, next));
+  const int64_t distance = bytes_ahead(left);
+  for (int64_t at = 0; at < bytes; at += 64) prefetch(ahead_of(from, at, left, next, distance));
 }
 
 // Elements [first, first + n) of a stream that goes on to element `end`, and then at `next`.
@@ -171,7 +172,7 @@ template <class T, class Rule>
   for (int s = 0; s < kStreams; ++s) {
     arrays[s] = scratch[s];
     in_blocks = in_blocks || has_blocks(streams[s].dtype);
-    at_random = at_random || takes_random_bits(streams[s].dtype);
+    at_random = at_random || (stores<Rule>(s) && takes_random_bits(streams[s].dtype));
   }
   alignas(kVectorBytes) uint16_t bits[kTile + 2 * kRandomTile];
   const uint16_t* random = bits;
@@ -179,12 +180,14 @@ template <class T, class Rule>
     int64_t n = end - first < kTile ? end - first : kTile;
     if (in_blocks && first + n < end) n = origin.rows.begin_of_block(first + n) - first;
     for (int s = 0; s < kStreams; ++s) {
-      decode_tile(streams[s], origin.rows, first, scratch[s], n, end, next[s]);
+      if (loads<Rule>(s)) {
+        decode_tile(streams[s], origin.rows, first, scratch[s], n, end, next[s]);
+      }
     }
     apply<Vec<T>, /*kAhead=*/false>(rule, grad_scale, arrays, n, nullptr);
     if (at_random) random = random_tile(origin, first, n, bits);
     for (int s = 0; s < kStreams; ++s) {
-      if (s != kGrad) encode_tile(scratch[s], streams[s], origin.rows, first, n, random);
+      if (stores<Rule>(s)) encode_tile(scratch[s], streams[s], origin.rows, first, n, random);
     }
     first += n;
   }

@@ -149,13 +149,17 @@ FUSEDOPT_FN void make_decision(const FinishArgs& args, double sum) {
   for (int64_t i = 0; i < args.sum_count; ++i) sum += args.sums[i];
   if (args.unscale) scaling.unscale = *args.unscale;
   if (args.coefficient) scaling.coefficient = *args.coefficient;
+  if (args.known_norm) scaling.known_norm = *args.known_norm;
   const Verdict verdict = decide(scaling, sum);
-  const bool skipped = verdict.skipped || (args.skip && *args.skip != 0);
+  const bool to_skip = args.skip && *args.skip != 0;
+  const bool skipped = verdict.skipped || to_skip;
+  if (scaling.spikes.norms && !to_skip) remember(scaling.spikes, verdict.judgement);
   args.decision->factor = verdict.factor;
   args.decision->factor_f32 = static_cast<float>(verdict.factor);
   args.decision->skipped = skipped;
   *args.norm_result = static_cast<float>(verdict.norm);
   *args.skipped_result = skipped;
+  if (args.factor_result) *args.factor_result = verdict.factor;
 }
 
 // For one block of threads.

@@ -151,8 +151,10 @@ struct FinishArgs {
   const double* sums;                          // and more such,
   int64_t sum_count;                           // so many
   const double *unscale, *coefficient, *skip;  // null, or in place of the host's
+  const double* known_norm;                    // the same
   float* norm_result;
   float* skipped_result;  // 1 for a skipped step
+  double* factor_result;  // or null
 };
 
 // How the streams of an update may be stored so that a kernel of its own takes them: parameter,

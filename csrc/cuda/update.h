@@ -3,6 +3,7 @@
 
 #include "cuda/codecs.h"
 #include "rules/list.h"
+#include "rules/streams.h"
 
 // ---- a tile -------------------------------------------------------------------------------------
 
@@ -39,9 +40,9 @@ struct Tile {
   FUSEDOPT_FN Tile(const UpdateItem& item, const Parts& parts, int64_t number) {
     FUSEDOPT_UNROLL()
     for (int s = 0; s < kStreams; ++s) dtypes[s] = item.dtypes[s];
-    for_each([&](auto codec, auto) {
+    for_each([&](auto codec, auto s) {
       has_blocks = has_blocks || codec.kHasBlocks;
-      is_random = is_random || codec.kIsRandom;
+      is_random = is_random || (codec.kIsRandom && stores<Rule>(decltype(s)::value));
     });
     first = number * kTile;
     int64_t end = first + kTile;
@@ -103,17 +104,22 @@ struct Tile {
 // be called again, when all of them have been.
 template <int kWidth, class Tile, class T, class Team>
 FUSEDOPT_FN bool update_group(Team& team, int thread, const Tile& tile,
-                              const typename Tile::Rule& rule, T grad_scale, Spot at, bool stores,
+                              const typename Tile::Rule& rule, T grad_scale, Spot at, bool is_own,
                               bool is_last) {
   using Rule = typename Tile::Rule;
   // All loads first: none waits for another one's arithmetic.
   Group groups[Tile::kStreams];
-  tile.for_each(
-      [&](auto codec, auto s) { codec.template load<kWidth>(tile.places[s], at, &groups[s]); });
+  tile.for_each([&](auto codec, auto s) {
+    if constexpr (loads<Rule>(decltype(s)::value)) {
+      codec.template load<kWidth>(tile.places[s], at, &groups[s]);
+    }
+  });
   T x[Tile::kStreams][kWidth];
   tile.for_each([&](auto codec, auto s) {
     FUSEDOPT_UNROLL()
-    for (int i = 0; i < kWidth; ++i) x[s][i] = codec.read(groups[s], i);
+    for (int i = 0; i < kWidth; ++i) {
+      x[s][i] = loads<Rule>(decltype(s)::value) ? codec.read(groups[s], i) : T{0};
+    }
   });
   FUSEDOPT_UNROLL()
   for (int i = 0; i < kWidth; ++i) {
@@ -127,7 +133,7 @@ FUSEDOPT_FN bool update_group(Team& team, int thread, const Tile& tile,
   if (tile.has_blocks) {
     uint32_t largest[Rule::kStates + 1] = {};
     tile.for_each([&](auto codec, auto s) {
-      if constexpr (codec.kHasBlocks) {
+      if constexpr (codec.kHasBlocks && stores<Rule>(decltype(s)::value)) {
         FUSEDOPT_UNROLL()
         for (int i = 0; i < kWidth; ++i) {
           const uint32_t magnitude = finite_magnitude(x[s][i]);
@@ -138,15 +144,17 @@ FUSEDOPT_FN bool update_group(Team& team, int thread, const Tile& tile,
     });
     if (!team.template join<kBlock / kWidth, Rule::kStates>(thread, largest)) return false;
     tile.for_each([&](auto codec, auto s) {
-      if constexpr (codec.kHasBlocks) codec.set_scale(largest[s - kFirstState], &groups[s]);
+      if constexpr (codec.kHasBlocks && stores<Rule>(decltype(s)::value)) {
+        codec.set_scale(largest[s - kFirstState], &groups[s]);
+      }
     });
   }
-  if (!stores) return true;
+  if (!is_own) return true;
   RandomWords random{};
   const uint64_t element = tile.element + static_cast<uint64_t>(at.group) * kWidth;
   if (tile.is_random) random = random_words(counter_of(element), tile.draw, tile.key);
   tile.for_each([&](auto codec, auto s) {
-    if constexpr (decltype(s)::value != kGrad) {
+    if constexpr (stores<Rule>(decltype(s)::value)) {
       FUSEDOPT_UNROLL()
       for (int i = 0; i < kWidth; ++i) {
         uint32_t half = 0;

@@ -18,8 +18,12 @@ struct Dim {
 };
 using Layout = std::vector<Dim>;
 
+constexpr int kMaxFollowers = 2;  // jobs that run after one, with a stream more each
+constexpr int kMaxViews = kMaxStreams + kMaxFollowers;
+
 struct Job {
   Update update = nullptr;
+  unsigned keeps = 1u << kGrad, ignores = 0;  // which streams, as Rule has them
   const double* scalars = nullptr;
   double grad_scale = 1;
   int64_t numel = 0;

@@ -35,16 +35,15 @@ using Update = void (*)(const double* scalars, double grad_scale, const Stream* 
                         const Origin& origin, int64_t first, int64_t count,
                         const void* const* next);
 
-// How far ahead of its elements a kernel asks for memory, in each stream: with the hardware's
-// prefetching alone, a step out of cache took 13 % longer (benchmarks/NOTES.md).
-constexpr int64_t kPrefetchBytes = 2048;
-// One stream alone is read faster if it is asked for farther ahead, into the second-level cache.
+// How far ahead a norm asks for memory, into the second-level cache: one stream alone is read
+// faster if it is asked for farther ahead than those of an update.
 constexpr int64_t kNormPrefetchBytes = 8192;
 
 struct Rule {
   const char* name;
   int flags;  // bit i is the rule's i-th bool parameter
   int states, scalars;
+  unsigned keeps, ignores;        // bit s: stream s is not stored, or not loaded
   Update update_f32, update_f64;  // by compute precision
 };
 

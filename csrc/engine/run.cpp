@@ -53,6 +53,8 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
       }
     }
     const auto copy_streams = [&](bool gather) {
+      const unsigned left_alone = gather ? job.ignores : job.keeps;
+      const auto is_copied = [&](int s) { return !(left_alone >> s & 1); };
       walk(*job.layout, first, n, [&](int64_t at, const int64_t* offsets, int64_t run) {
         const auto copy = [&](int array, char* far, char* near, int64_t size) {
           const int64_t stride = (*job.layout)[0].stride[array];
@@ -65,10 +67,11 @@ static void update_strided(const Job& job, double factor, int64_t first, int64_t
           }
         };
         for (int s = 0; s < job.stream_count; ++s) {
-          if (s == kGrad && !gather) continue;
+          if (!is_copied(s)) continue;
           copy(s, job.streams[s].data, tile[s].data, item_size(tile[s].dtype));
         }
-        if (second) copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
+        if (second && is_copied(kParam))
+          copy(kSecond, job.streams[kParam].second, tile[kParam].second, second);
       });
     };
     copy_streams(/*gather=*/true);
@@ -141,18 +144,6 @@ static void norm_piece(NormBlocks norm, const Piece& piece, const Piece& next, d
   }
 }
 
-// Asks for the beginning of a piece, as far as the kernel does not that runs on the piece before:
-// it is too short, or knows nothing of what comes next.
-static void prefetch(const Piece& piece, const Piece& before) {
-  if (piece.job->layout) return;  // its elements lie elsewhere
-  for (int s = 0; s < piece.job->stream_count; ++s) {
-    const int64_t asked = has_array(before, s) ? before.count * item_size(before, s) : 0;
-    const int64_t bytes = std::min(piece.count * item_size(piece, s), kPrefetchBytes - asked);
-    const char* const begin = begin_of(piece, s);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at);
-  }
-}
-
 // ---- joining the blocks of a norm ---------------------------------------------------------------
 
 static double join_all(Norm norm, const std::vector<double>& blocks) {
@@ -204,7 +195,6 @@ static void updates(const Schedule& schedule, int thread, Taken* taken, double f
     for (ptrdiff_t i = 0; i < count; ++i) {
       const Piece* const piece = back ? end - 1 - i : begin + i;
       const Piece* const next = back ? std::max(first, piece - 1) : std::min(last, piece + 1);
-      prefetch(*next, *piece);
       update_piece(*piece, *next, factor);
     }
   });
@@ -237,9 +227,9 @@ void run_updates(const std::vector<Job>& jobs, int threads, double factor) {
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
             const Scaling& scaling, Schedule* schedule) {
   if (!scaling.needs_norm()) {
-    const double factor = scaling.unscale * scaling.coefficient;
-    run_updates(jobs, threads, factor, schedule);
-    return {0, factor, false};
+    const Verdict verdict = decide(scaling, 0);
+    if (!verdict.skipped) run_updates(jobs, threads, verdict.factor, schedule);
+    return verdict;
   }
   schedule->make(jobs, threads, Schedule::kNormAndUpdates);
   std::vector<double>* const sums = schedule->sums_of_blocks();

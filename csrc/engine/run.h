@@ -12,7 +12,7 @@ double run_norm(const Kernels& kernels, Norm norm, const std::vector<Job>& jobs,
 // All updates, of gradients times `factor`.
 void run_updates(const std::vector<Job>& jobs, int threads, double factor);
 // The 2-norm, if that is needed, then, unless it is to be skipped, all updates. `schedule`, never
-// null, is kept from step to step.
+// null, is kept from step to step. The judgement is yet to be remembered.
 Verdict run(const Kernels& kernels, const std::vector<Job>& jobs, int threads,
             const Scaling& scaling, Schedule* schedule);
 

@@ -4,13 +4,15 @@
 // returns them, and is applied as rule(p, g, state): p, g and the kStates states are lanes in
 // compute precision. fold(lr, t) sets those that depend on the learning rate and on the number of
 // the step, in double, as _scalars() does: for a device that knows both before the host does, and
-// on the host for a group that Python has been asked about.
+// on the host for a group that Python has been asked about. What it leaves alone it says by
+// constants (streams.h).
 // Included inside a back end's namespace.
 #pragma once
 
 #include "numeric/average.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/ema.h"
 #include "rules/lion.h"
 #include "rules/lookahead.h"
 #include "rules/muon.h"
@@ -18,6 +20,7 @@
 #include "rules/rmsprop.h"
 #include "rules/scale.h"
 #include "rules/sgd.h"
+#include "rules/streams.h"
 #include "rules/traffic.h"
 
 // X(name, Rule, number of bool flags)
@@ -33,6 +36,7 @@
   X("muon_nesterov", MuonNesterov, 0) \
   X("muon_step", MuonStep, 0)         \
   X("lookahead", Lookahead, 0)        \
+  X("ema", Ema, 0)                    \
   X("scale", Scale, 0)                \
   X("traffic", Traffic, 1)
 

@@ -5,6 +5,7 @@
 template <class T>
 struct Lookahead {
   static constexpr int kStates = 1;
+  static constexpr unsigned kIgnores = 1u << kGrad;
   T alpha;
 
   FUSEDOPT_FN void fold(double, double) {}

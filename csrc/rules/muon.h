@@ -3,10 +3,11 @@
 // the step, whose gradient is what came of it. Readable spec: reference() in
 // python/fusedopt/muon.py
 
-// forget = 1 - momentum. Leaves the parameter as it is.
+// forget = 1 - momentum.
 template <class T>
 struct MuonMomentum {
   static constexpr int kStates = 1;
+  static constexpr unsigned kKeeps = 1u << kParam, kIgnores = 1u << kParam;
   T forget;
 
   FUSEDOPT_FN void fold(double, double) {}
@@ -18,11 +19,12 @@ struct MuonMomentum {
   }
 };
 
-// The momentum once more, for the place where it is to be orthogonalized. Leaves the buffer as it
-// is. factor is that of the gradients of the step.
+// The momentum once more, for the place where it is to be orthogonalized. factor is that of the
+// gradients of the step.
 template <class T>
 struct MuonNesterov {
   static constexpr int kStates = 1;
+  static constexpr unsigned kKeeps = 1u << kFirstState, kIgnores = 1u << kParam;
   T factor, forget;
 
   FUSEDOPT_FN void fold(double, double) {}

@@ -3,6 +3,7 @@
 template <class T>
 struct Scale {
   static constexpr int kStates = 0;
+  static constexpr unsigned kIgnores = 1u << kParam;
   T factor;
 
   FUSEDOPT_FN void fold(double, double) {}

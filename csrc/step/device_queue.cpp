@@ -107,7 +107,7 @@ py::object DeviceQueue::sum(Norm norm, const std::vector<cuda::NormItem>& items)
 }
 
 void DeviceQueue::decide(const AskedScaling& scaling, double sum, const py::list& sums,
-                         const std::vector<cuda::NormItem>& items) {
+                         const std::vector<cuda::NormItem>& items, const Window& window) {
   const auto gather = [&](const py::object& numbers) {
     return reinterpret_cast<double*>(keep(device_memory().attr("gather")(numbers, place_)));
   };
@@ -127,6 +127,12 @@ void DeviceQueue::decide(const AskedScaling& scaling, double sum, const py::list
   args.scaling.skip_nonfinite = scaling.skip_nonfinite;
   args.scaling.clip = scaling.clips();
   if (args.scaling.clip) args.scaling.max_norm = py::cast<double>(scaling.max_norm);
+  if (const auto& watch = scaling.watch) {
+    keep(window.tensor());
+    args.scaling.spikes = watch->by(window.data());
+    args.scaling.knows_norm = watch->knows_norm();
+    number(watch->norm, &args.scaling.known_norm, &args.known_norm);
+  }
   args.host_sum = sum;
   args.sum_count = static_cast<int64_t>(sums.size());
   if (args.sum_count) args.sums = gather(sums);
@@ -139,6 +145,10 @@ void DeviceQueue::decide(const AskedScaling& scaling, double sum, const py::list
   };
   args.norm_result = result(scaling.needs_norm(), &norm_result_);
   args.skipped_result = result(scaling.may_skip(), &skipped_result_);
+  if (scaling.says_factor) {
+    factor_result_ = device_memory().attr("scalar")(place_, "float64");
+    args.factor_result = reinterpret_cast<double*>(keep(factor_result_));
+  }
   queue_.norm(Norm::two, items, args);
 }
 

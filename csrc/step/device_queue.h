@@ -11,8 +11,6 @@
 
 namespace fusedopt {
 
-py::handle device_memory();  // the module fusedopt._memory
-
 class DeviceQueue {
  public:
   // usual_bytes: what a step takes of the device's memory; the next one is to know.
@@ -23,17 +21,20 @@ class DeviceQueue {
   DeviceQueue& operator=(const DeviceQueue&) = delete;
 
   int device() const { return device_; }
+  int place() const { return place_; }  // of its memory: the device, or kHost if it is emulated
   bool is_capturing() const { return is_capturing_; }
 
   // What the norm adds up, as a 0-dim float64 tensor; this is launched at once.
   py::object sum(Norm norm, const std::vector<cuda::NormItem>& items);
 
   // Decides what all updates after it do: by the 2-norm of the items, joined with what was added up
-  // elsewhere, `sum` on the CPU and `sums` on devices.
+  // elsewhere, `sum` on the CPU and `sums` on devices, and by the window here, if one was asked
+  // for.
   void decide(const AskedScaling& scaling, double sum, const py::list& sums,
-              const std::vector<cuda::NormItem>& items);
+              const std::vector<cuda::NormItem>& items, const Window& window);
   const py::object& norm_result() const { return norm_result_; }        // 0-dim float32 tensors,
-  const py::object& skipped_result() const { return skipped_result_; }  // 1 or 0; as was asked
+  const py::object& skipped_result() const { return skipped_result_; }  // 1 or 0; as was asked;
+  const py::object& factor_result() const { return factor_result_; }    // and a float64 one
 
   void update(const std::vector<cuda::Update>& updates, bool in_order) const {
     queue_.update(updates, decision_, in_order);
@@ -57,7 +58,7 @@ class DeviceQueue {
   char* keep(const py::object& tensor);
 
   const int device_;
-  const int place_;          // of its memory: the device, or kHost if it is emulated
+  const int place_;
   const bool is_capturing_;  // into a graph
   Held held_;
   int64_t* const usual_bytes_;
@@ -67,7 +68,7 @@ class DeviceQueue {
   const cuda::Kernels recording_;
   const cuda::Queue queue_;
   cuda::Decision* decision_ = nullptr;
-  py::object norm_result_, skipped_result_;
+  py::object norm_result_, skipped_result_, factor_result_;
 };
 
 using DeviceQueues = std::deque<DeviceQueue>;

@@ -51,10 +51,10 @@ bool StepPlan::share_memory(int device) {
 void StepPlan::refuse_to_be_captured() const {
   for (const Entry& entry : memory_.entries) {
     const Group& group = *entry.group;
-    if (group.has_slow) {
+    if (!group.followers.empty()) {
       throw std::runtime_error(
-          "a graph cannot capture a step of Lookahead, whose slow weights move in every k-th step "
-          "alone; capture the wrapped optimizer's");
+          "a graph cannot capture a step of Lookahead or EMA, which the CPU counts; capture the "
+          "wrapped optimizer's");
     }
     if (group.counts_steps && entry.count.device == kHost && !group.counts_on_device) {
       throw std::runtime_error(
@@ -76,7 +76,7 @@ void StepPlan::refuse_to_be_captured() const {
 
 bool StepPlan::skips_on_host() const {
   return std::any_of(memory_.entries.begin(), memory_.entries.end(), [](const Entry& entry) {
-    return entry.group->has_slow || (entry.is_new && entry.group->starts_unlike);
+    return !entry.group->followers.empty() || (entry.is_new && entry.group->starts_unlike);
   });
 }
 
@@ -128,16 +128,17 @@ std::vector<cuda::Update> StepPlan::updates(int device, double factor) {
   return updates;
 }
 
-std::vector<cuda::Update> StepPlan::updates_after(int device) const {
+std::vector<cuda::Update> StepPlan::updates_after(int device, int place) const {
   std::vector<cuda::Update> updates;
-  if (jobs_after_.empty()) return updates;
-  const Rule& rule = find_rule(kernels_, "lookahead", 0);
+  if (!move_followers(groups_)) return updates;
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
-    const Job* then = memory_.jobs[i].then;
     const Entry& entry = memory_.entries[i];
+    const Job* then = &memory_.jobs[i];
+    for (int at = 0; then && at < place; ++at) then = then->then;
     if (entry.device != device || !then) continue;
-    updates.push_back({static_cast<int>(&rule - kernels_.rules),
-                       rule.scalars,
+    const Rule* const rule = static_cast<const JobAfter*>(then)->rule;
+    updates.push_back({static_cast<int>(rule - kernels_.rules),
+                       rule->scalars,
                        then,
                        1,
                        {},

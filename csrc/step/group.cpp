@@ -6,9 +6,23 @@
 
 namespace fusedopt {
 
+static std::vector<Follower> followers_of(const py::tuple& following, const Kernels& kernels) {
+  std::vector<Follower> followers;
+  for (const py::handle each : following) {
+    Fields fields(each);
+    const Rule& rule = find_rule(kernels, fields.next<std::string>(), 0);
+    followers.push_back({&rule, fields.next<py::object>()});
+    if (rule.states != 1 || rule.scalars != 1 || followers.size() > size_t{kMaxFollowers}) {
+      throw std::logic_error("rule " + std::string(rule.name) + " cannot follow another one here");
+    }
+  }
+  return followers;
+}
+
 Settings::Settings(const py::tuple& source, const Kernels& kernels)
     : fields_(source),
-      rule_number(static_cast<int>(&find_rule(kernels, rule, flags) - kernels.rules)) {
+      rule_number(static_cast<int>(&find_rule(kernels, rule, flags) - kernels.rules)),
+      followers(followers_of(following, kernels)) {
   const Rule& found = kernels.rules[rule_number];
   if (rule_states > kMaxStates || static_cast<int>(rule_states) != found.states) {
     throw std::logic_error("rule " + rule + " has another number of states");
@@ -43,7 +57,11 @@ Group::Group(const Settings& settings, py::handle optimizer, const py::dict& sou
       lr(lr_of(optimizer, source)),
       optimizer_(optimizer),
       source_(source),
-      params_(params_of(source)) {}
+      params_(params_of(source)) {
+  if (followers.empty()) return;
+  const auto weights = py::cast<py::tuple>(optimizer.attr("_weights_now")(source));
+  for (size_t f = 0; f < followers.size(); ++f) weights_[f] = py::cast<double>(weights[f]);
+}
 
 std::string Group::name(Py_ssize_t index) const {
   if (!source_.contains("param_names")) return "";
@@ -127,6 +145,10 @@ void Group::expect(double t) {
 
 void Group::create_state(PyObject* param) const {
   optimizer_.attr("_create_state_in")(source_, py::handle(param));
+}
+
+bool Group::leaves_out(size_t follower, PyObject* param) const {
+  return py::cast<bool>(optimizer_.attr("_leaves_out")(follower, py::handle(param)));
 }
 
 void Group::move_count(PyObject* param, const py::object& steps, bool to_device) const {

@@ -1,13 +1,16 @@
 // What one param group asks for.
 #pragma once
 
+#include <algorithm>
+#include <deque>
 #include <list>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "step/asked.h"
+#include "engine/job.h"
+#include "step/fields.h"
 
 namespace fusedopt {
 
@@ -27,6 +30,12 @@ struct KnownScalars {
   std::shared_ptr<const Folded> last;  // what was folded last
 };
 
+// A rule that runs after that of the group, of weights that follow the parameter's.
+struct Follower {
+  const Rule* rule;
+  py::object key;  // of its one state
+};
+
 // fusedopt._engine.Group: what all groups ask for whose values are the same, but for parameters and
 // learning rates.
 class Settings {
@@ -39,10 +48,8 @@ class Settings {
   const bool has_kernel = fields_.next<bool>();
   const std::string rule = fields_.next<std::string>();
   const int flags = fields_.next<int>();
-  const py::tuple states = fields_.next<py::tuple>();  // of the rule, and then the slow weights,
-  const bool has_slow = fields_.next<bool>();          // if there are any
-  const double alpha =
-      fields_.next<double>();  // of Lookahead; 0 if this step moves no slow weights
+  const py::tuple states = fields_.next<py::tuple>();     // of the rule
+  const py::tuple following = fields_.next<py::tuple>();  // what the followers are made of
   const bool counts_steps = fields_.next<bool>();
   const bool counts_on_device = fields_.next<bool>();  // where the parameters are
   const bool starts_unlike = fields_.next<bool>();     // a first step is not from zeros
@@ -53,14 +60,15 @@ class Settings {
   const bool may_be_coded = fields_.next<bool>();      // states may be in 8 bits
 
   const int rule_number;
+  const std::vector<Follower> followers;  // in the order in which they run
   // Whether streams may need more than one tensor each.
   const bool in_parts = has_master || rounds_at_random || may_be_coded;
-  const size_t rule_states = states.size() - has_slow;
-  const bool has_state = counts_steps || states.size() != 0 || in_parts;
+  const size_t rule_states = states.size();
+  const bool has_state = counts_steps || rule_states != 0 || !followers.empty() || in_parts;
 
-  bool moves_slow() const { return has_slow && alpha != 0; }
-  py::handle state(size_t s) const {  // its key
-    return PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(s));
+  py::handle state(size_t s) const {  // its key; those of the followers come after the rule's
+    return s < rule_states ? py::handle(PyTuple_GET_ITEM(states.ptr(), static_cast<Py_ssize_t>(s)))
+                           : py::handle(followers[s - rule_states].key);
   }
 
  protected:
@@ -84,6 +92,12 @@ class Group : public Settings {
   PyObject* param(Py_ssize_t index) const { return PySequence_Fast_GET_ITEM(params_.ptr(), index); }
   std::string name(Py_ssize_t index) const;  // empty if it has none
 
+  // The scalar of a follower's rule in this step; 0 if it is at rest.
+  const double& weight(size_t follower) const { return weights_[follower]; }
+  bool moves_followers() const {
+    return std::any_of(weights_, weights_ + followers.size(), [](double w) { return w != 0; });
+  }
+
   bool has_number_as_lr() const { return PyFloat_Check(lr.ptr()); }
   PyObject* scale_key(size_t s);  // of that state's scales, if it is in 8 bits; interned
 
@@ -99,6 +113,7 @@ class Group : public Settings {
 
   // What its optimizer does for it.
   void create_state(PyObject* param) const;
+  bool leaves_out(size_t follower, PyObject* param) const;
   void move_count(PyObject* param, const py::object& steps, bool to_device) const;
   int64_t first_element(PyObject* param) const;  // of what this process has of a DTensor
 
@@ -109,8 +124,15 @@ class Group : public Settings {
   const py::handle optimizer_;
   const py::dict source_;
   const py::object params_;
+  double weights_[kMaxFollowers] = {};
   PyObject* scale_keys_[kMaxStates] = {};  // as far as they were asked for
   std::vector<std::shared_ptr<const Folded>> folded_;
 };
+
+// Whether anything follows in this step.
+inline bool move_followers(const std::deque<Group>& groups) {
+  return std::any_of(groups.begin(), groups.end(),
+                     [](const Group& group) { return group.moves_followers(); });
+}
 
 }  // namespace fusedopt

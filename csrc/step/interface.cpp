@@ -57,14 +57,29 @@ static double wait_for(const py::handle number) {
                                                       : number.attr("item")());
 }
 
-static Scaling read_scaling(const AskedScaling& asked) {
+static Scaling read_scaling(const AskedScaling& asked, const Window& window) {
   Scaling scaling;
   scaling.unscale = wait_for(asked.unscale);
   scaling.coefficient = wait_for(asked.coefficient);
   scaling.skip_nonfinite = asked.skip_nonfinite;
   scaling.clip = asked.clips();
   if (scaling.clip) scaling.max_norm = py::cast<double>(asked.max_norm);
+  if (const auto& watch = asked.watch) {
+    scaling.spikes = watch->by(window.data());
+    scaling.knows_norm = watch->knows_norm();
+    if (scaling.knows_norm) scaling.known_norm = wait_for(watch->norm);
+  }
   return scaling;
+}
+
+static Window window_on(const AskedScaling& asked, int place) {
+  return asked.watch ? Window(*asked.watch, place) : Window();
+}
+
+static void remember(const Scaling& scaling, const Verdict& verdict, const Window& window) {
+  if (!scaling.spikes.norms) return;
+  remember(scaling.spikes, verdict.judgement);
+  window.put_back();
 }
 
 // Whether it is known, or may be waited for, that there is to be no step.
@@ -89,7 +104,8 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
     return step_in_parts(&plan, state, &groups, asked, threads, fallback, outside);
   }
 
-  const Scaling scaling = read_scaling(asked);
+  const Window window = window_on(asked, kHost);
+  const Scaling scaling = read_scaling(asked, window);
   plan.complete_states();
   Verdict verdict;
   {
@@ -98,7 +114,9 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
     verdict = run(kernels_, plan.jobs(), threads, scaling, plan.schedule());
   }
   if (!verdict.skipped) plan.advance();
-  return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped);
+  remember(scaling, verdict, window);
+  return py::make_tuple(scaling.needs_norm() ? verdict.norm : kNoNorm, verdict.skipped,
+                        verdict.factor);
 }
 
 void Engine::step_later(std::vector<Repeat> later, const py::dict& state, std::deque<Group>* groups,
@@ -124,7 +142,7 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
   const bool uses_host = plan->count_on(kHost) != 0;
 
   // What the norm adds up: on the CPU, and elsewhere.
-  double sum = 0;
+  double sum = 0, factor = 1;
   py::list sums;
   if (needs_norm) {
     if (uses_host) {
@@ -142,9 +160,11 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
   }
 
   Scaling scaling;
+  Verdict verdict{};
+  Window window;
   py::object norm = py::float_(kNoNorm);
-  py::object skipped = py::bool_(false);
-  const bool waits = uses_host || !plan->params().unsupported().empty() ||
+  py::object skipped = py::bool_(false), said_factor = py::none();
+  const bool waits = uses_host || queues.empty() || !plan->params().unsupported().empty() ||
                      (asked.may_skip() && plan->skips_on_host());
   if (needs_norm && (waits || queues.size() > 1)) {  // each device needs the others' sums
     for (DeviceQueue& queue : queues) {
@@ -152,30 +172,43 @@ py::tuple Engine::step_in_parts(StepPlan* plan, const py::dict& state, std::dequ
     }
   }
   if (waits) {  // for the verdict, which is needed on the CPU
-    scaling = read_scaling(asked);
+    window = window_on(asked, kHost);
+    scaling = read_scaling(asked, window);
     for (const py::handle each : sums) sum += wait_for(each);
-    const Verdict verdict = decide(scaling, sum);
+    verdict = decide(scaling, sum);
     if (needs_norm) norm = py::float_(verdict.norm);
-    if (verdict.skipped || is_to_skip(asked)) return py::make_tuple(norm, true);
-    scaling = {};
-    scaling.coefficient = verdict.factor;
-  } else if (needs_norm || asked.may_skip() || asked.has_tensors()) {
+    if (is_to_skip(asked)) return py::make_tuple(norm, true, verdict.factor);
+    if (verdict.skipped) {
+      remember(scaling, verdict, window);
+      return py::make_tuple(norm, true, verdict.factor);
+    }
+    factor = verdict.factor;
+  } else if (needs_norm || asked.may_skip() || asked.has_tensors() || asked.watch) {
     for (DeviceQueue& queue : queues) {
       const bool alone = needs_norm && queues.size() == 1;
+      const Window here = window_on(asked, queue.place());
       queue.decide(asked, sum, sums,
-                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>());
+                   alone ? plan->norm_items(queue.device()) : std::vector<cuda::NormItem>(), here);
+      // All decide alike, and one remembers: that where the optimizer has its window, if any.
+      if (&queue == &queues.front() || !here.is_copy()) window = here;
     }
     if (needs_norm) norm = queues[0].norm_result();
     if (asked.may_skip()) skipped = queues[0].skipped_result();
+    if (asked.says_factor) said_factor = queues[0].factor_result();
   } else {
-    scaling = read_scaling(asked);
+    factor = decide(read_scaling(asked, window), 0).factor;
   }
 
-  const double factor = scaling.unscale * scaling.coefficient;
   if (!plan->params().unsupported().empty()) fallback(plan->params().unsupported(), factor);
   update_parts(plan, &queues, threads, factor);
   step_later(plan->later(), state, groups, asked.may_skip(), &queues, threads, factor);
-  return py::make_tuple(norm, skipped);
+  if (waits) {
+    remember(scaling, verdict, window);
+  } else {
+    window.put_back();
+  }
+  if (said_factor.is_none()) said_factor = py::float_(factor);
+  return py::make_tuple(norm, skipped, said_factor);
 }
 
 void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, double factor) const {
@@ -183,7 +216,9 @@ void Engine::update_parts(StepPlan* plan, DeviceQueues* queues, int threads, dou
   for (DeviceQueue& queue : *queues) {
     const bool in_order = plan->share_memory(queue.device());
     queue.update(plan->updates(queue.device(), factor), in_order);
-    queue.update(plan->updates_after(queue.device()), in_order);
+    for (int place = 1; place <= kMaxFollowers; ++place) {
+      queue.update(plan->updates_after(queue.device(), place), in_order);
+    }
   }
   for (DeviceQueue& queue : *queues) queue.launch();
   if (plan->count_on(kHost) != 0) {

@@ -27,9 +27,10 @@ class Engine {
   Engine(const std::string& isa, bool fast_gather, const std::string& device);
   ~Engine();
 
-  // Steps every parameter that has a gradient, and returns (norm, skipped): numbers, or tensors on
-  // a device that nobody has waited for. `groups` are param groups, `known` is what the last step
-  // of this optimizer found of them, and `scaling` is a fusedopt._engine.Scaling.
+  // Steps every parameter that has a gradient, and returns (norm, skipped, factor of gradients):
+  // numbers, or tensors on a device that nobody has waited for, the factor if it was asked for.
+  // `groups` are param groups, `known` is what the last step of this optimizer found of them, and
+  // `scaling` is a fusedopt._engine.Scaling.
   //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
   //     their gradients times factor;
   //   outside(gradients) returns the sum of squares of gradients that need Python for it.

@@ -68,7 +68,7 @@ static bool come_close(const View& a, const View& b) {
 }
 
 bool any_come_close(const View* views, int count) {
-  const char* end[kMaxStreams + 1];
+  const char* end[kMaxViews];
   for (int s = 0; s < count; ++s) {
     end[s] = end_of(views[s]);
     for (int other = 0; other < s; ++other) {
@@ -212,6 +212,8 @@ bool join_scales(bool has_no_sign, const View& scale, const View& param, View* s
 void set_rule(const Rule& rule, const double* scalars, Job* job) {
   job->update = job->streams[kParam].dtype == DType::f64 ? rule.update_f64 : rule.update_f32;
   job->scalars = scalars;
+  job->keeps = rule.keeps;
+  job->ignores = rule.ignores;
 }
 
 void set_norm(const View& view, Layouts* layouts, Job* job) {
@@ -220,7 +222,7 @@ void set_norm(const View& view, Layouts* layouts, Job* job) {
 }
 
 bool walks(const Job& job, const View* views, int count) {
-  if (job.layout || job.then || job.numel != views[kParam].numel || job.stream_count != count) {
+  if (job.layout || job.numel != views[kParam].numel || job.stream_count != count) {
     return false;
   }
   for (int s = 0; s < count; ++s) {

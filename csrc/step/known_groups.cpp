@@ -7,10 +7,12 @@ namespace fusedopt {
 
 // ---- values -------------------------------------------------------------------------------------
 
+// (The counts of Lookahead and EMA change in each step: what comes of them is asked for each time.)
 static bool is_left_out(PyObject* key) {
-  static PyObject* const keys[] = {PyUnicode_InternFromString("params"),
-                                   PyUnicode_InternFromString("param_names"),
-                                   PyUnicode_InternFromString("lr")};
+  static PyObject* const keys[] = {
+      PyUnicode_InternFromString("params"), PyUnicode_InternFromString("param_names"),
+      PyUnicode_InternFromString("lr"), PyUnicode_InternFromString("lookahead_step"),
+      PyUnicode_InternFromString("ema_step")};
   return std::any_of(std::begin(keys), std::end(keys), [&](PyObject* left_out) {
     return key == left_out || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, left_out) == 0);
   });

@@ -10,7 +10,8 @@
 
 namespace fusedopt {
 
-// The values of a dict at one time, but for those of params, param_names and lr.
+// The values of a dict at one time, but for those of params, param_names, lr and the counts of
+// steps of what follows the parameters.
 class Values {
  public:
   Values() = default;

@@ -88,7 +88,7 @@ bool ParamReader::read(Entry* entry, View* views) {
 // that are written are an error.
 void ParamReader::separate_streams(Entry* entry, View* views) {
   const Group& group = *entry->group;
-  const int streams = kFirstState + static_cast<int>(group.states.size());
+  const int streams = kFirstState + static_cast<int>(group.rule_states + group.followers.size());
   if (!any_come_close(views, streams)) return;
   const auto name_of = [&](int s) {
     return s == kParam ? std::string("the parameter")

@@ -37,7 +37,7 @@ struct Entry {
   double t = 1;                    // the number of this step
   const Folded* folded = nullptr;  // for t
   int device = kHost;
-  bool lacks_state = false;       // of its rule, or slow weights: it is yet to be made
+  bool lacks_state = false;       // of its rule, or a follower: it is yet to be made
   bool is_new = false;            // lacks a state of its rule
   bool repeats_first = false;     // see Repeat
   bool has_to_move = false;       // the count, to where it belongs
@@ -45,7 +45,7 @@ struct Entry {
   bool sums_elsewhere = false;    // its gradient is in outside()
   bool usual = false;             // see usual.cpp; the records are those of one that is
   cuda::NormItem norm_item = {};  // of its gradient, on a device
-  Record records[kMaxStreams] = {}, step_record = nullptr;
+  Record records[kMaxViews] = {}, step_record = nullptr;
   Parts* parts = nullptr;  // only where streams may be stored in more than one tensor
 
   // What its random bits come of, or null.
@@ -80,7 +80,7 @@ std::string type_text(PyObject* object);  // what an object is, for a message,
 std::string device_text(int device);      // and where it is to be
 
 // Reads the parameters of one step, in their order, into entries and views: [parameter, gradient,
-// *states]. Holds what it reads where Python code may run before the step is over.
+// *states, *followers]. Holds what it reads where Python code may run before the step is over.
 class ParamReader {
  public:
   // may_skip: whether a device may find out that nothing is to be done; it then counts the steps.
@@ -133,6 +133,7 @@ class ParamReader {
   bool find_records(Entry* entry);
   bool find_usual_parts(Entry* entry, Py_ssize_t* cursor);
   bool read_usual_parts(Entry* entry, View* views) const;
+  bool read_usual_followers(const Entry& entry, View* views) const;
   bool read_usual_count(Entry* entry) const;
   bool counts_on_device(const Entry& entry) const {
     return entry.device != kHost && (entry.group->counts_on_device || may_skip_);

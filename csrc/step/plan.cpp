@@ -39,6 +39,25 @@ void StepPlan::collect_again(const std::vector<Repeat>& repeats) {
   collect_others();
 }
 
+// Whether a follower of a group moves that has these weights of a parameter.
+static bool moves(const Group& group, size_t follower, const View* weights) {
+  return group.weight(follower) != 0 && weights[follower].data;
+}
+
+// Whether the same jobs come after this one that came in the last step, in `after`.
+static bool has_same_followers(const Group& group, const Job& job, const View* weights,
+                               const JobAfter* after) {
+  const Job* then = job.then;
+  for (size_t f = 0; f < group.followers.size(); ++f) {
+    if (!moves(group, f, weights)) continue;
+    if (!then || then != after + f) return false;
+    const Stream& stream = then->streams[kFirstState];
+    if (stream.data != weights[f].data || stream.dtype != weights[f].dtype) return false;
+    then = then->then;
+  }
+  return !then;
+}
+
 void StepPlan::collect_usual(int threads) {
   // With fewer parameters a thread, waking all takes longer than they save. (Waking some would make
   // OpenMP's runtime end the others.)
@@ -54,6 +73,7 @@ void StepPlan::collect_usual(int threads) {
   const bool as_many = memory_.jobs.size() == count;
   const bool fitted = std::exchange(memory_.schedule.fits, false) && as_many;
   memory_.jobs.resize(count);
+  memory_.after.resize(move_followers(groups_) ? count * kMaxFollowers : 0);
 
   std::atomic<size_t> ready{0}, unmoved{0};
   auto group = groups_.begin();
@@ -70,25 +90,29 @@ void StepPlan::collect_usual(int threads) {
     Entry* const entries = memory_.entries.data();
     params_.find_gradients(entries + begin, entries + end);
     size_t ready_here = 0, unmoved_here = 0;
-    View views[kMaxStreams];
+    View views[kMaxViews];
     for (size_t i = begin; i < end; ++i) {
       Entry& entry = entries[i];
       Job* const job = &memory_.jobs[i];
       entry.usual = entry.usual && params_.read_usual(&entry, views);
       if (!entry.usual) continue;
       const int streams = kFirstState + static_cast<int>(entry.group->rule_states);
-      const bool stays = walks(*job, views, streams);
+      const int all = streams + static_cast<int>(entry.group->followers.size());
+      JobAfter* const after =
+          memory_.after.empty() ? nullptr : &memory_.after[i * size_t{kMaxFollowers}];
+      const bool stays = walks(*job, views, streams) &&
+                         has_same_followers(*entry.group, *job, views + streams, after);
       const bool same = stays && job->streams[kGrad].data == views[kGrad].data;
       // What lies where it did in the last step lies apart, as it did.
       entry.usual =
-          same || !(stays ? gradient_comes_close(views, streams) : any_come_close(views, streams));
+          same || !(stays ? gradient_comes_close(views, all) : any_come_close(views, all));
       if (!entry.usual) continue;
       entry.folded = entry.group->expected(entry.t);
       if (stays) {
         job->streams[kGrad].data = views[kGrad].data;
-        set_rule_and_more(entry, views, job);
+        set_rule_and_more(entry, views, job, after);
       } else {
-        set_job(entry, views, job);
+        set_job(entry, views, job, after);
       }
       ready_here += entry.folded != nullptr;
       unmoved_here += same;
@@ -108,7 +132,7 @@ void StepPlan::collect_others() {
   hold();
   is_ready_ = true;
   keep_if([&](Entry* entry, Job* job) {
-    View views[kMaxStreams + 1];
+    View views[kMaxViews];
     if (entry->usual) {
       params_.pass(*entry);
     } else if (!params_.read(entry, views)) {
@@ -200,7 +224,7 @@ void StepPlan::complete_states() {
   for (size_t i = 0; i < memory_.entries.size(); ++i) {
     Entry& entry = memory_.entries[i];
     if (entry.lacks_state) {
-      View views[kMaxStreams + 1];
+      View views[kMaxViews];
       params_.create_states(&entry, views);
       set_job(entry, views, &memory_.jobs[i]);
     }
@@ -216,27 +240,37 @@ static Origin origin_of(const Entry& entry, const View& param) {
           entry.parts->first_element, rows_of(param)};
 }
 
-void StepPlan::set_job(const Entry& entry, const View* views, Job* job) {
+void StepPlan::set_job(const Entry& entry, const View* views, Job* job, JobAfter* after) {
   *job = {};
   set_streams(views, kFirstState + static_cast<int>(entry.group->rule_states), &layouts_, job);
-  set_rule_and_more(entry, views, job);
+  set_rule_and_more(entry, views, job, after);
 }
 
 // What a job has beside its streams.
-void StepPlan::set_rule_and_more(const Entry& entry, const View* views, Job* job) {
+void StepPlan::set_rule_and_more(const Entry& entry, const View* views, Job* job, JobAfter* after) {
   const Group& group = *entry.group;
   if (entry.folded) set_rule(group.kernel, entry.folded->scalars.data(), job);
   job->grad_scale = group.grad_scale;
   if (entry.rounding()) job->origin = origin_of(entry, views[kParam]);
-  if (!group.moves_slow()) return;
-  const int streams = job->stream_count;
-  const View slow[] = {views[kParam], views[kParam], views[streams]};
-  Job& then = jobs_after_.emplace_back();
-  set_streams(slow, 3, &layouts_, &then);
-  then.origin = job->origin;
-  then.origin.key |= 0x80000000;  // which no parameter's has: other bits
-  set_rule(find_rule(kernels_, "lookahead", 0), &group.alpha, &then);
-  job->then = &then;
+  if (group.moves_followers()) set_followers(entry, views, job, after);
+}
+
+void StepPlan::set_followers(const Entry& entry, const View* views, Job* job, JobAfter* after) {
+  const Group& group = *entry.group;
+  const View* const weights = views + kFirstState + group.rule_states;
+  for (size_t f = 0; f < group.followers.size(); ++f) {
+    if (!moves(group, f, weights)) continue;
+    const View streams[] = {views[kParam], views[kParam], weights[f]};
+    JobAfter& then = after ? after[f] : jobs_after_.emplace_back();
+    then = {};
+    set_streams(streams, 3, &layouts_, &then);
+    then.origin = job->origin;
+    then.origin.key |= 0x80000000;  // which no parameter's has: other bits
+    then.rule = group.followers[f].rule;
+    set_rule(*then.rule, &group.weight(f), &then);
+    job->then = &then;
+    job = &then;
+  }
 }
 
 int64_t StepPlan::bytes() const {

@@ -8,6 +8,11 @@
 
 namespace fusedopt {
 
+// What runs after a parameter's job, on the same elements.
+struct JobAfter : Job {
+  const Rule* rule = nullptr;
+};
+
 // A parameter that is listed, or counted, a second time: where, and what it adds to a norm.
 struct Repeat {
   Group* group;
@@ -41,7 +46,8 @@ struct OnDevice {
 // the schedule fits the next ones, too, if they lie where these do.
 struct PlanMemory {
   std::vector<Entry> entries;
-  std::vector<Job> jobs;  // one an entry
+  std::vector<Job> jobs;        // one an entry
+  std::vector<JobAfter> after;  // kMaxFollowers an entry, of usual parameters; or none
   Schedule schedule;
   CountPlaces counts;
   std::map<int, OnDevice> devices;
@@ -85,7 +91,8 @@ class StepPlan {
   bool skips_on_host() const;
   std::vector<cuda::NormItem> norm_items(int device);
   std::vector<cuda::Update> updates(int device, double factor);
-  std::vector<cuda::Update> updates_after(int device) const;  // Lookahead's
+  // Those that come so many after the first ones, one at least.
+  std::vector<cuda::Update> updates_after(int device, int place) const;
 
  private:
   void collect_usual(int threads);
@@ -96,8 +103,10 @@ class StepPlan {
   void forget_devices() {  // whose jobs are other ones
     for (auto& [device, there] : memory_.devices) there.knows = false;
   }
-  void set_job(const Entry& entry, const View* views, Job* job);
-  void set_rule_and_more(const Entry& entry, const View* views, Job* job);
+  // `after` is where jobs may be kept that come after this one.
+  void set_job(const Entry& entry, const View* views, Job* job, JobAfter* after = nullptr);
+  void set_rule_and_more(const Entry& entry, const View* views, Job* job, JobAfter* after);
+  void set_followers(const Entry& entry, const View* views, Job* job, JobAfter* after);
 
   const Kernels& kernels_;
   PlanMemory* const spare_;
@@ -109,7 +118,7 @@ class StepPlan {
   bool is_ready_ = false;         // all have their scalars: no parameter needs Python any more
   bool lacks_states_ = false;
   Layouts layouts_;
-  std::deque<Job> jobs_after_;
+  std::deque<JobAfter> jobs_after_;
 };
 
 }  // namespace fusedopt

@@ -23,12 +23,14 @@ PyObject* find(PyObject* dict, PyObject* key, Py_ssize_t* cursor) {
 
 // ---- reading ------------------------------------------------------------------------------------
 
-// Reads and validates what exists of the entry's state: the count, then each of Group::states, then
-// what else streams are stored in (parts.cpp). False if no device can access all of it.
+// Reads and validates what exists of the entry's state: the count, the states of the rule, those of
+// its followers, then what else streams are stored in (parts.cpp). False if no device can access
+// all of it.
 bool ParamReader::read_states(Entry* entry, View* views) {
   const Group& group = *entry->group;
   const bool is_plain = !group.in_parts || !is_half(views[kParam].dtype);
-  if (group.states.size() == 0 && !group.counts_steps && is_plain) return true;
+  const size_t states = group.rule_states + group.followers.size();
+  if (states == 0 && !group.counts_steps && is_plain) return true;
   const Py_ssize_t before = cursor_;
   // Random bits and blocks go by the numbers of elements, which a device has in their order alone.
   const bool may_be_numbered =
@@ -46,19 +48,22 @@ bool ParamReader::read_states(Entry* entry, View* views) {
   Py_ssize_t cursor = 0;
   if (group.counts_steps) read_step(entry, &cursor);
   entry->lacks_state = group.counts_steps && !entry->step;
-  for (size_t s = 0; s < group.states.size(); ++s) {
+  for (size_t s = 0; s < states; ++s) {
+    const bool follows = s >= group.rule_states;
+    const size_t follower = s - group.rule_states;
     PyObject* tensor = find(entry->state, group.state(s).ptr(), &cursor);
     if (!tensor || tensor == Py_None) {
+      if (follows && group.leaves_out(follower, entry->param)) continue;
       entry->lacks_state = true;
-      entry->is_new = entry->is_new || s < group.rule_states;
+      entry->is_new = entry->is_new || !follows;
       continue;
     }
-    if (s == group.rule_states && !group.moves_slow()) continue;  // slow weights, at rest
+    if (follows && group.weight(follower) == 0) continue;  // at rest
     View& state = views[kFirstState + s];
     read_state(*entry, tensor, group.state(s), views[kParam], &state);
   }
   read_parts(entry, views, &cursor);
-  return entry->device == kHost || are_arrays(views, static_cast<int>(group.states.size()));
+  return entry->device == kHost || are_arrays(views, static_cast<int>(states));
 }
 
 // Whether a device can walk the states that there are in the order of the parameter, as arrays.

@@ -51,7 +51,7 @@ void ParamReader::find_usual(Entry* begin, Entry* end) {
       entry->state = find_next(state_.ptr(), entry->param, &cursor_);
       __builtin_prefetch(entry->state);
     }
-    return entry->group->has_kernel && !entry->group->moves_slow();
+    return entry->group->has_kernel;
   });
   for_usual([&](Entry* entry) {
     if (!entry->group->has_state) return true;
@@ -82,10 +82,11 @@ bool ParamReader::find_tensors(Entry* entry) {
   for (size_t s = 0; s < group.rule_states; ++s) {
     if (!find(group.state(s).ptr(), &entry->records[kFirstState + s])) return false;
   }
-  // Slow weights at rest are not read, but have to be made in the first step.
-  if (group.has_slow) {
-    PyObject* const slow = find_next(entry->state, group.state(group.rule_states).ptr(), &cursor);
-    if (!slow || slow == Py_None) return false;
+  // What follows, and is at rest, is not read, but has to be made in the first step.
+  for (size_t f = 0; f < group.followers.size(); ++f) {
+    PyObject* const weights = find_next(entry->state, group.followers[f].key.ptr(), &cursor);
+    if (!weights || weights == Py_None) return false;
+    if (group.weight(f) != 0) entry->records[kFirstState + group.rule_states + f] = weights;
   }
   return !group.in_parts || find_usual_parts(entry, &cursor);
 }
@@ -145,6 +146,7 @@ bool ParamReader::read_usual(Entry* entry, View* views) {
     doubles += view.dtype == DType::f64;
   }
   entry->device = views[kParam].device;
+  if (!read_usual_followers(*entry, views)) return false;
   if (entry->device == kHost) {
     if (group.in_parts && !read_usual_parts(entry, views)) return false;
     return group.has_number_as_lr() && read_usual_count(entry);
@@ -154,6 +156,22 @@ bool ParamReader::read_usual(Entry* entry, View* views) {
   entry->norm_item = {grad.data, grad.numel, 0, grad.dtype};
   if (!read_usual_count(entry)) return false;
   uses_devices_.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+// Those that move; the views of others are empty.
+bool ParamReader::read_usual_followers(const Entry& entry, View* views) const {
+  for (size_t f = 0; f < entry.group->followers.size(); ++f) {
+    const size_t s = kFirstState + entry.group->rule_states + f;
+    View& view = views[s];
+    view = {};
+    if (!entry.records[s]) continue;
+    if (!tensors_.read_stored(entry.records[s], &view) || !view.contiguous ||
+        fault_of(views[kParam], view) != Fault::none || !is_number(view.dtype)) {
+      return false;
+    }
+    if (entry.device != kHost && !have_one_precision(views[kParam], view)) return false;
+  }
   return true;
 }
 

@@ -5,12 +5,14 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401  (first: the engine shares the OpenMP runtime torch has loaded)
 
 from fusedopt import _core
+from fusedopt._spikes import Spikes as Spikes
 from fusedopt.adagrad import Adagrad as Adagrad
 from fusedopt.adam import Adam as Adam
 from fusedopt.adam import AdamW as AdamW
 from fusedopt.amp import GradScaler as GradScaler
 from fusedopt.clip import clip_grad_norm_ as clip_grad_norm_
 from fusedopt.clip import get_total_norm as get_total_norm
+from fusedopt.ema import EMA as EMA
 from fusedopt.groups import decay_groups as decay_groups
 from fusedopt.groups import muon_groups as muon_groups
 from fusedopt.lion import Lion as Lion

@@ -25,6 +25,7 @@ def report() -> str:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "compiler": f"{_core.compiler}, {'with' if _core.openmp else 'without'} OpenMP",
         "isa": _isa(),
+        "ahead": f"{_core.ahead} bytes in long arrays; {_in('FUSEDOPT_AHEAD')}",
         "threads": _threads(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), _cores()),
         "openmp": _openmp(),
         "gather": "fast, by torch's C ABI" if engine.fast_gather else "slow, by attributes",
@@ -36,9 +37,12 @@ def report() -> str:
 
 
 def _isa() -> str:
-    forced = os.environ.get("FUSEDOPT_ISA")
-    why = f"FUSEDOPT_ISA={forced}" if forced else "FUSEDOPT_ISA not set"
-    return f"{engine.isa}, of {', '.join(fusedopt.isas())}; {why}"
+    return f"{engine.isa}, of {', '.join(fusedopt.isas())}; {_in('FUSEDOPT_ISA')}"
+
+
+def _in(variable: str) -> str:
+    forced = os.environ.get(variable)
+    return f"{variable}={forced}" if forced else f"{variable} not set"
 
 
 def _cores() -> int:

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fusedopt import _core, _engine, _norms, _operators, _ranks
-from fusedopt._clipping import NOTHING, Clips, decide
+from fusedopt._clipping import NOTHING, Clips
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
 from fusedopt._fallback import FallsBack
 from fusedopt._from_torch import FromTorch, check_options
 from fusedopt._hooked import Hooked
 from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
-from fusedopt._stored import SLOW, have_no_sign
+from fusedopt._spikes import Spikes, remember
+from fusedopt._stored import have_no_sign
+from fusedopt._verdict import decide
 
 SEE_FUSED = (  # in a class docstring
-    "max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.\n"
+    "max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.\n"
     "        state_dtype, master_weights, stochastic_rounding, seed: see `Fused`."
 )
 
@@ -41,6 +43,10 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             is not modified. ``inf`` computes `grad_norm`, and leaves finite gradients as they are.
         skip_nonfinite: a step whose gradients have an infinite or NaN norm changes nothing, and
             counts in `skipped_steps`.
+        skip_spikes: so does one whose norm is far above those of the steps before: True for six
+            standard deviations above the mean of the last 128, once there are 64; or a `Spikes`,
+            which says when, and may clip instead. The norm is that before clipping, unscaled; after
+            `clip_grad_norm_` or `clip_grads_with_norm_`, theirs. The norms are in the state dict.
         amp_scaling: let `torch.amp.GradScaler` leave the unscaling of gradients to the step.
         state_dtype: how the states of rules are stored: ``None``, as the parameter is;
             ``torch.float32``, ``torch.bfloat16``, ``torch.float16``; ``"mxfp8"``, 8 bits in blocks
@@ -56,14 +62,14 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         **kwargs: the torch class's.
 
     Raises:
-        ValueError: max_grad_norm is negative or NaN, or state_dtype none of these; or a param group
-            has one of these options, or was made for another optimizer that has them.
+        ValueError: max_grad_norm is negative or NaN, or skip_spikes or state_dtype none of these;
+            or a param group has one of these options, or was made for another optimizer that has
+            them.
         RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 
-    _skipped_steps: int | Tensor = 0
-    _skipped: bool | Tensor = False  # whether the last step was
-    _known: _core.KnownGroups | None = None
+    _overflowed: bool | Tensor = False  # whether the last step was skipped, and by no spike
+    _known: tuple[Any, _core.KnownGroups] | None = None  # and for which followers
 
     def __init__(
         self,
@@ -71,6 +77,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         *args: Any,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -81,6 +88,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         options = {
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
+            "skip_spikes": skip_spikes,
             "amp_scaling": amp_scaling,
             "state_dtype": state_dtype,
             "master_weights": master_weights,
@@ -96,7 +104,7 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         for name, value in options.items():
             setattr(self, name, value)
         self._store_what_is_there()
-        if self._made_by_zero and (max_grad_norm is not None or skip_nonfinite):
+        if self._made_by_zero and (max_grad_norm is not None or skip_nonfinite or skip_spikes):
             self._refuse_if_split()
 
     def __init_subclass__(cls) -> None:
@@ -118,19 +126,6 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         # (Pickles may have them beside the defaults.)
         for name in OPTIONS:
             setattr(self, name, options.get(name, getattr(self, name)))
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were skipped; waits for the device that counts them, if one does.
-
-        For non-finite gradients (with ``skip_nonfinite``), or because a GradScaler told the step to
-        (with ``amp_scaling``, or a `fusedopt.GradScaler`).
-        """
-        return int(vars(self._itself()).get("_skipped_steps", 0))
-
-    @skipped_steps.setter
-    def skipped_steps(self, value: int) -> None:
-        vars(self._itself())["_skipped_steps"] = value
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         raise NotImplementedError
@@ -168,32 +163,24 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
                 loss = closure()
         pending = self._still_pending()
         scaling = self._scaling(pending)
-        asked = scaling.max_norm is not None or self.defaults.get("skip_nonfinite", False)
+        watch = scaling.spikes
+        asked = self._asks_for_norm(scaling)
         norm: float | Tensor
         skipped: bool | Tensor
         if self._is_to_skip(pending):
             norm, skipped = self._norm_of_gradients(scaling) if asked else math.nan, True
         else:
             norm, skipped = self._update(self.param_groups, scaling)
-        if self._lookahead:
-            self._lookahead.count(skipped)
+            if watch is not None and skipped is not True:
+                self._keep_window(watch)
+        for follower in self._followers:
+            follower.count(skipped)
         self._norm = norm if asked else pending.norm
         self._pending = NOTHING
-        self._skipped = skipped
+        self._overflowed = skipped if watch is None else _is_infinite(norm)
         if skipped is not False:
             self._count_skipped(skipped)
         return loss
-
-    def _count_skipped(self, skipped: bool | Tensor) -> None:
-        """Add to `skipped_steps`; what a device counts, in place, as a graph repeats it."""
-        if isinstance(self._skipped_steps, Tensor):
-            if isinstance(skipped, Tensor):
-                skipped = _norms.moved(skipped, self._skipped_steps.device, torch.float32)
-            self._skipped_steps += skipped
-        elif isinstance(skipped, Tensor):
-            self._skipped_steps = skipped + self._skipped_steps
-        else:
-            self._skipped_steps += skipped
 
     def _update(
         self, groups: list[dict[str, Any]], scaling: Scaling
@@ -206,12 +193,17 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
     def _update_by_engine(
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
-        if self._known is None:
-            self._known = _core.KnownGroups()
+        return self._step_by_engine(groups, scaling)[:2]
+
+    def _step_by_engine(
+        self, groups: list[dict[str, Any]], scaling: Scaling
+    ) -> tuple[float | Tensor, bool | Tensor, float | Tensor]:
+        followers = tuple([follower.kind for follower in self._followers])
+        if self._known is None or self._known[0] != followers:
+            self._known = (followers, _core.KnownGroups())
         return _engine.engine.step(
             self,
-            # (How far slow weights follow is no value of a group.)
-            _core.KnownGroups() if self._lookahead else self._known,
+            self._known[1],
             groups,
             torch.get_num_threads(),
             scaling,
@@ -226,18 +218,22 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
         with_gradient = [
             (i, p) for i, group in enumerate(groups) for p in group["params"] if p.grad is not None
         ]
-        if (scaling.skip_nonfinite or scaling.skip is not None) and _operators.is_traced():
+        may_skip = scaling.skip_nonfinite or scaling.skip is not None or scaling.spikes is not None
+        if may_skip and _operators.is_traced():
             raise RuntimeError(
                 "this step is traced into a graph, which cannot leave it out where gradients are "
-                "infinite or NaN: trace with skip_nonfinite=False and without a gradient scaler"
+                "infinite or NaN, or too large: trace with skip_nonfinite=False, skip_spikes=False "
+                "and without a gradient scaler"
             )
-        norm, decided = decide(groups, scaling)
+        norm, decided, judgement = decide(groups, scaling)
         skip = None if decided is None else decided.skip
         is_known = skip is not None and not _operators.has_no_values(skip)
-        if decided is None or (is_known and bool(skip)):
-            return norm, True
-        self._fall_back(groups, with_gradient, decided.coefficient, warns=False)
-        return norm, False
+        skipped = decided is None or (is_known and bool(skip))
+        if decided is not None and not skipped:
+            self._fall_back(groups, with_gradient, decided.coefficient, warns=False)
+        if scaling.spikes is not None:
+            remember(scaling.spikes, judgement)
+        return norm, skipped
 
     # ---- groups ------------------------------------------------------------------------------
 
@@ -252,9 +248,8 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             has_kernel=not group.get("differentiable"),
             rule=rule.name,
             flags=_as_bits(rule.flags),
-            states=(*rule.states, SLOW) if self._lookahead else rule.states,
-            has_slow=self._lookahead is not None,
-            alpha=self._lookahead.alpha_now(group) if self._lookahead else 0.0,
+            states=rule.states,
+            following=tuple((each.kind.rule, each.kind.state) for each in self._followers),
             counts_steps=rule.counts_steps,
             counts_on_device=bool(group.get("capturable")),
             starts_unlike=bool(group.get("dampening")),
@@ -284,6 +279,10 @@ class Fused(Clips, FallsBack, Hooked, FromTorch):
             state["step"] = state["step"].to(torch.float32)
         else:
             state["step"] = torch.full((), steps, dtype=torch.float32, device=device)
+
+
+def _is_infinite(norm: float | Tensor) -> bool | Tensor:
+    return ~norm.isfinite() if isinstance(norm, Tensor) else not math.isfinite(norm)
 
 
 _params_of = itemgetter("params")

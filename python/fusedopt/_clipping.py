@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from fusedopt import _engine, _norms, _ranks, clip
 from fusedopt._engine import Scaling
-from fusedopt._options import HasOptions
 from fusedopt._pending import Pending
+from fusedopt._skipping import Skips
 
 NOTHING = Pending()
 
@@ -24,36 +24,13 @@ def found_inf(optimizer: Optimizer) -> bool:
     return found is not None and _engine.number(found) != 0
 
 
-def factor_of(scaling: Scaling, norm: float | Tensor) -> float | Tensor:
-    """Return what the engine multiplies all gradients by: csrc/engine/verdict.h."""
-    factor = scaling.unscale * scaling.coefficient
-    if scaling.max_norm is not None:
-        factor = factor * clip.coefficient(norm * scaling.coefficient, scaling.max_norm)
-    return factor
-
-
-def decide(groups: list[dict[str, Any]], scaling: Scaling) -> tuple[float | Tensor, Scaling | None]:
-    """Return the norm of all gradients, and what it makes of them; None if the step is skipped."""
-    norm: float | Tensor = math.nan
-    skip = scaling.skip
-    if scaling.max_norm is not None or scaling.skip_nonfinite:
-        found = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norm = _norms.total_norm(found, 2) * scaling.unscale
-    if scaling.skip_nonfinite and isinstance(norm, Tensor):
-        infinite = (~norm.isfinite()).double()
-        skip = infinite if skip is None else skip + infinite
-    elif scaling.skip_nonfinite and not math.isfinite(norm):
-        return norm, None
-    return norm, Scaling(coefficient=factor_of(scaling, norm), skip=skip)
-
-
 def _inverse(scale: Any) -> float | Tensor:
     """Return one over a loss scale; of one on a device, whatever its shape, without dimensions."""
     inverse = 1.0 / _engine.number_or_device(scale)
     return inverse.reshape(()) if isinstance(inverse, Tensor) else inverse
 
 
-class Clips(HasOptions):
+class Clips(Skips):
     """Clipping, loss scales and skipped steps, for `fusedopt._base.Fused`."""
 
     _norm: float | Tensor | None = None  # what grad_norm returns
@@ -69,6 +46,7 @@ class Clips(HasOptions):
         scale = getattr(self, "grad_scale", None)  # what a GradScaler leaves here
         given = self.defaults  # where the options are; found faster so
         norm, skips = given.get("max_grad_norm"), given.get("skip_nonfinite", False)
+        watch = self._watch(pending.norm) if "skip_spikes" in given else None
         scaling = Scaling.__new__(  # as the class does, which makes a dict of these first
             Scaling,
             unscale=1.0 if scale is None else _inverse(scale),
@@ -76,12 +54,14 @@ class Clips(HasOptions):
             max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=skips or self._scaler_asks,
             skip=self._unknown_skip(pending),
+            spikes=watch,
+            says_factor=False,
         )
         if (
             norm is not None
             or self._scaler_asks
             or scale is not None
-            or (skips and pending.norm is None)
+            or ((skips or watch) and pending.norm is None)
         ):
             self._refuse_if_split()
         # (Tensors first: to compare one would be to wait for it.)
@@ -90,6 +70,15 @@ class Clips(HasOptions):
         ):
             self._refuse_if_released()
         return scaling
+
+    def _asks_for_norm(self, scaling: Scaling) -> bool:
+        """Return whether the norm of this step is to be in `grad_norm`: not for a scaler alone."""
+        watch = scaling.spikes
+        return (
+            scaling.max_norm is not None
+            or self.defaults.get("skip_nonfinite", False)
+            or (watch is not None and watch.norm is None)
+        )
 
     def _is_to_skip(self, pending: Pending) -> bool:
         """Return whether it is known before the step that gradients are infinite or NaN."""
@@ -115,8 +104,8 @@ class Clips(HasOptions):
         if self._release is not None:
             raise RuntimeError(
                 "release_gradients frees each gradient before those of other parameters exist, but "
-                "max_grad_norm, skip_nonfinite, clip_grad_norm_ and gradient scalers need all at "
-                "once; do without them, or remove() the release and let step() clip"
+                "max_grad_norm, skip_nonfinite, skip_spikes, clip_grad_norm_ and gradient scalers "
+                "need all at once; do without them, or remove() the release and let step() clip"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -137,30 +126,22 @@ class Clips(HasOptions):
                 else "clip by model.clip_grad_norm_(max_norm), unscale by ShardedGradScaler"
             )
             raise RuntimeError(
-                "max_grad_norm, skip_nonfinite, clip_grad_norm_ and amp_scaling decide by the "
-                f"gradients of the optimizer, and {self._split} leaves each rank others: the ranks "
-                f"would part. Before the step, {clip_model}; or hand a norm over all ranks to "
-                "clip_grads_with_norm_(max_norm, total_norm), which skip_nonfinite heeds, too"
+                "max_grad_norm, skip_nonfinite, skip_spikes, clip_grad_norm_ and amp_scaling "
+                f"decide by the gradients of the optimizer, and {self._split} leaves each rank "
+                f"others: the ranks would part. Before the step, {clip_model}; or hand a norm over "
+                "all ranks to clip_grads_with_norm_(max_norm, total_norm), which skip_nonfinite "
+                "and skip_spikes heed, too"
             )
 
     # ---- what users call ---------------------------------------------------------------------
-
-    def _itself(self) -> Clips:
-        """Return the optimizer itself.
-
-        Lightning's wrapper takes on the class of what it wraps, so the methods below get it as
-        self: what they keep there, the step would never see. It has no groups of its own.
-        """
-        mine = vars(self)
-        itself: Clips = self if "param_groups" in mine else mine.get("_optimizer", self)
-        return itself
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients before clipping, unscaled, that was computed last.
 
         A 0-dim float32 tensor on the parameters' device; None if nothing asked for the norm of the
-        last step: neither ``max_grad_norm``, nor ``skip_nonfinite``, nor `clip_grad_norm_`.
+        last step: neither ``max_grad_norm``, ``skip_nonfinite``, ``skip_spikes``, nor
+        `clip_grad_norm_`.
         """
         norm = self._itself()._norm
         return None if norm is None else self._as_tensor(norm)

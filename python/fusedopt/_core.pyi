@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+ahead: int
 compiler: str
 cuda_archs: str
 emulated_device: bool
@@ -42,7 +43,7 @@ class Engine:
         scaling: Any,
         fallback: Callable[[list[tuple[int, Tensor]], float], None],
         outside: Callable[[list[Tensor]], float | Tensor],
-    ) -> tuple[float | Tensor, bool | Tensor]: ...
+    ) -> tuple[float | Tensor, bool | Tensor, float | Tensor]: ...
     def norm(
         self, tensors: Sequence[Tensor], order: float, threads: int
     ) -> tuple[float, list[Tensor], list[Tensor]]: ...

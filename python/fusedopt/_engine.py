@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import _core, _memory
+from fusedopt._spikes import Watch
 
 engine = _core.Engine(isa=os.environ.get("FUSEDOPT_ISA", ""))
 
@@ -69,8 +70,8 @@ class Group(NamedTuple):
     rule: str
     flags: int
     states: tuple[str, ...]
-    has_slow: bool
-    alpha: float
+    following: tuple[tuple[str, str], ...]
+    """Rules that run after that one, and the key of the state that each has."""
     counts_steps: bool
     counts_on_device: bool
     starts_unlike: bool
@@ -101,3 +102,13 @@ class Scaling(NamedTuple):
     """Update nothing if the norm is infinite or NaN."""
     skip: Tensor | None = None
     """Update nothing if this is not 0."""
+    spikes: Watch | None = None
+    """Update nothing, or by less, if the norm is one of these."""
+    says_factor: bool = False
+    """Return what all gradients were multiplied by."""
+
+    def needs_norm(self) -> bool:
+        """Return whether it takes the 2-norm of all gradients."""
+        watch = self.spikes
+        looks = watch is not None and watch.norm is None
+        return self.max_norm is not None or self.skip_nonfinite or looks

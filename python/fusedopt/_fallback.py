@@ -5,33 +5,33 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import _codecs, _engine
+from fusedopt._followers import Follower
 from fusedopt._shards import as_part_of, local
 from fusedopt._storage import Stores
-from fusedopt._stored import MXFP8, ROUNDING, SLOW, as_numbers, encoded, is_coded, is_moment
-
-
-class Follower(Protocol):
-    """What a step knows of the `fusedopt.Lookahead` around it."""
-
-    def alpha_now(self, group: dict[str, Any]) -> float: ...
-
-    def count(self, skipped: bool | Tensor) -> None: ...
-
-    def following(self, params: list[Tensor]) -> AbstractContextManager[None]: ...
+from fusedopt._stored import FOLLOWING, MXFP8, ROUNDING, as_numbers, encoded, is_coded, is_moment
 
 
 class FallsBack(Stores):
     """The fallback, for `fusedopt._base.Fused`."""
 
-    _lookahead: Follower | None = None  # during a step that one makes
+    # During a step that wrappers make, the innermost first.
+    _followers: tuple[Follower, ...] = ()
     _without_kernel = "torch's own implementation"  # what makes a step then
+
+    def _weights_now(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Return the scalars of the followers' rules in this step for a group."""
+        return tuple(follower.weight_now(group) for follower in self._followers)
+
+    def _leaves_out(self, index: int, p: Tensor) -> bool:
+        """Return whether a follower has nothing to do with p."""
+        return not self._followers[index].follows(p)
 
     def _fall_back(
         self,
@@ -46,11 +46,13 @@ class FallsBack(Stores):
         Their gradients count times factor.
         """
         params = [p for _, p in unsupported]
-        followed = self._lookahead.following(params) if self._lookahead else nullcontext()
         if warns:
             for index, p in unsupported:
                 self._warn_of_fallback(_cause(all_groups[index], p, self._modes()))
-        with _scaled_gradients(params, factor), followed, self._as_floats(unsupported) as pairs:
+        with _scaled_gradients(params, factor), ExitStack() as stack:
+            for follower in reversed(self._followers):  # the innermost follows first
+                stack.enter_context(follower.following(params))
+            pairs = stack.enter_context(self._as_floats(unsupported))
             by_group: dict[int, list[Tensor]] = {}
             # Sparse gradients first: a torch class that refuses them then does so before any
             # update.
@@ -83,7 +85,8 @@ class FallsBack(Stores):
         """Cast states to the dtype of their parameter, as torch does when it loads them."""
         for p in params:
             for key, value in self.state.get(p, {}).items():
-                if key != "step" and isinstance(value, Tensor) and value.dtype != p.dtype:
+                moves = is_moment(key, value) and key not in FOLLOWING
+                if moves and value.dtype != p.dtype:
                     self.state[p][key] = value.to(p.dtype)
 
     @contextmanager
@@ -138,12 +141,12 @@ class FallsBack(Stores):
         else:
             p.copy_(q)
         for name, value in self.state.get(q, {}).items():
-            if not is_moment(name, value):
+            if not is_moment(name, value) or name in FOLLOWING:
                 state[name] = value
-            elif stored_as == MXFP8 and name != SLOW:
+            elif stored_as == MXFP8:
                 state.update(encoded(p, value, name, u))
             else:
-                state[name] = value if name == SLOW else value.to(stored_as)
+                state[name] = value.to(stored_as)
 
     def _warn_of_fallback(self, cause: str) -> None:
         warned = self.__dict__.setdefault("_warned", set())

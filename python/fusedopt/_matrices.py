@@ -17,14 +17,15 @@ from torch import Tensor
 from fusedopt import _core, _engine, _exchange, _momentum
 from fusedopt._base import Fused
 from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
-from fusedopt._clipping import decide, factor_of
-from fusedopt._engine import Group, Rule, Scaling, number
+from fusedopt._engine import Rule, Scaling, number
 from fusedopt._exchange import Places
 from fusedopt._gradients import gradients
 from fusedopt._momentum import BUFFER
 from fusedopt._operators import without_autocast
 from fusedopt._options import Option
 from fusedopt._orthogonal import Iteration, step_ratio
+from fusedopt._spikes import remember
+from fusedopt._verdict import decide
 
 _MOMENTUM = Rule("muon_momentum", (), (BUFFER,), counts_steps=False)
 _STEP = Rule("muon_step", (), (), counts_steps=False)
@@ -110,29 +111,27 @@ class StepsMatrices(Fused):
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
         rounds = self._rounds(groups)
-        clips_on_device = scaling.max_norm is not None and any(
-            _engine.on_device(p) for group in groups for p in group["params"][:1]
-        )
-        if len(rounds) == 1 and not clips_on_device:
+        if len(rounds) == 1:
             return self._update_once(groups, scaling)
-        # The engine would not say what a device multiplies by; and a parameter that is listed twice
-        # is stepped twice, from where the first step has led.
-        norm, decided = decide(groups, scaling)
+        # A parameter that is listed twice is stepped twice, from where the first step has led.
+        norm, decided, judgement = decide(groups, scaling)
         skipped: bool | Tensor = True
         if decided is not None:
             for once in rounds:
                 _, skipped = self._update_once(once, decided)
+        if scaling.spikes is not None:
+            remember(scaling.spikes, judgement)
         return norm, skipped
 
     def _update_once(
         self, groups: list[dict[str, Any]], scaling: Scaling
     ) -> tuple[float | Tensor, bool | Tensor]:
         self._left = frozenset()
-        norm, skipped = super()._update_by_engine(groups, scaling)
+        norm, skipped, factor = self._step_by_engine(groups, scaling._replace(says_factor=True))
         if skipped is not True:
             skip = skipped.double() if isinstance(skipped, Tensor) else None
             with torch.no_grad():
-                self._step_matrices(groups, factor_of(scaling, norm), skip)
+                self._step_matrices(groups, factor, skip)
         self._left = frozenset()
         return norm, skipped
 
@@ -166,12 +165,10 @@ class StepsMatrices(Fused):
         self._left = frozenset(p for _, p in unsupported)
         super()._fall_back(all_groups, unsupported, factor, warns=warns)
 
-    def _engine_group(self, group: dict[str, Any]) -> Group:
-        made = super()._engine_group(group)
-        if made.alpha and self._steps_matrices_of(group) and _SHAPE not in group:
-            # The slow weights of a Lookahead follow once the matrices have moved.
-            return made._replace(alpha=0.0)
-        return made
+    def _weights_now(self, group: dict[str, Any]) -> tuple[float, ...]:
+        if self._steps_matrices_of(group) and _SHAPE not in group:
+            return (0.0,) * len(self._followers)  # which follow once the matrices have moved
+        return super()._weights_now(group)
 
     # ---- its matrices ------------------------------------------------------------------------
 

@@ -34,6 +34,11 @@ def gather(numbers: Sequence[Tensor], device: int) -> Tensor:
     return torch.stack(there)
 
 
+def moved(numbers: Tensor, device: int) -> Tensor:
+    """Return float64 numbers there; themselves, if they are. Waits for them on the CPU alone."""
+    return numbers.to(_device(device), non_blocking=device >= 0)
+
+
 def without_gaps(x: Tensor) -> Tensor:
     """Return a copy whose elements lie one after the other, in the order of those of x."""
     from_the_last = range(x.ndim - 1, -1, -1)

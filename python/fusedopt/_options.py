@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fusedopt._spikes import Spikes
+
 T = TypeVar("T")
 
 _Stored = torch.dtype | str | None
@@ -61,6 +63,7 @@ class HasOptions(Optimizer):
 
     max_grad_norm = Option[float | None](None)
     skip_nonfinite = Option[bool](False)
+    skip_spikes = Option[bool | Spikes](False)
     amp_scaling = Option[bool](False)
     state_dtype = Option[StateDType](None)
     master_weights = Option[bool](False)

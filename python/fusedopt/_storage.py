@@ -12,21 +12,24 @@ from torch import Tensor
 
 from fusedopt import _codecs
 from fusedopt._engine import Rule
+from fusedopt._followers import Follower
 from fusedopt._masters import Masters
 from fusedopt._shards import find_first_element, has_whole_rows
 from fusedopt._stored import (
+    FOLLOWING,
     HALVES,
     MASTER,
     MXFP8,
     REMAINDER,
     ROUNDING,
-    SLOW,
     STATE_DTYPES,
+    WINDOW,
     as_numbers,
     check_codes,
     check_state_dtype,
     decoded,
     encoded,
+    following_dtype,
     from_bytes,
     is_coded,
     is_moment,
@@ -43,7 +46,7 @@ class Stores(Masters):
     """The memory modes, for `fusedopt._base.Fused`."""
 
     _made_by_zero: bool
-    _lookahead: Any
+    _followers: tuple[Follower, ...]
 
     # ---- making states -----------------------------------------------------------------------
 
@@ -101,8 +104,9 @@ class Stores(Masters):
         for name in rule.states:
             dtype: Any = torch.uint8 if name in coded else stored_as
             make[name] = partial(zeros_like, p, dtype)
-        if self._lookahead:
-            make[SLOW] = lambda: self._slow(p)
+        for follower in self._followers:
+            if follower.follows(p):
+                make[follower.kind.state] = partial(follower.first, p)
         if self._has_master(p) and p.dtype == torch.bfloat16:
             make[REMAINDER] = lambda: zeros_like(p, torch.int16)
         elif self._has_master(p):
@@ -114,11 +118,6 @@ class Stores(Masters):
         for key, function in make.items():
             value = state.pop(key, None)
             state[key] = function() if value is None else value
-
-    def _slow(self, p: Tensor) -> Tensor:
-        if self._has_master(p):
-            return self._master(p)
-        return p.detach().clone(memory_format=torch.preserve_format)
 
     def _first_draw(self, p: Tensor) -> Tensor:
         position = next(i for i, each in enumerate(self._all_parameters()) if each is p)
@@ -203,7 +202,8 @@ class Stores(Masters):
 
     def _restore_state(self, p: Tensor, saved: dict[str, Any]) -> None:
         state = self.state[p]
-        for key in [REMAINDER, MASTER, ROUNDING, *(key for key in state if key.endswith("_scale"))]:
+        scales = [key for key in state if key.endswith("_scale")]
+        for key in (REMAINDER, MASTER, ROUNDING, WINDOW, *scales):
             state.pop(key, None)
         for name, value in saved.items():
             if is_moment(name, value) and value.shape == p.shape:
@@ -213,6 +213,9 @@ class Stores(Masters):
             if key in saved:
                 value = from_bytes(p, saved[key]) if key == REMAINDER else saved[key]
                 state[key] = value.to(place_of_draws(p) if key == ROUNDING else p.device)
+        if self.skip_spikes and WINDOW in saved:
+            # A copy, for it changes in place; float64 again, if torch's class had it meanwhile.
+            state[WINDOW] = saved[WINDOW].to(place_of_draws(p), torch.float64, copy=True)
         # In the order of _create_state, and of the very strings that the engine looks for.
         for key in sorted(state, key=rank):
             state[sys.intern(key)] = state.pop(key)
@@ -220,7 +223,8 @@ class Stores(Masters):
     def _store(self, p: Tensor, name: str, saved: dict[str, Any]) -> None:
         """Put a state that was stored in any way into that of p, as it is to be stored there."""
         state, value = self.state[p], saved[name]
-        stored_as: Any = p.dtype if name == SLOW else self._stored_as(p)
+        follows = name in FOLLOWING
+        stored_as: Any = following_dtype(p, name) if follows else self._stored_as(p)
         if stored_as == MXFP8 and is_coded(value) and scale_key(name) in saved:
             for key in (name, scale_key(name)):
                 state[key] = saved[key].to(p.device)
@@ -228,7 +232,7 @@ class Stores(Masters):
             state.update(encoded(p, decoded(saved, name).to(p.device), name))
         else:
             numbers = decoded(saved, name)
-            as_torch_does = self.state_dtype is None or name == SLOW
+            as_torch_does = self.state_dtype is None or follows
             if as_torch_does and torch.promote_types(numbers.dtype, p.dtype) != p.dtype:
                 stored_as = numbers.dtype  # the parameter's cannot hold them
             state[name] = numbers.to(p.device, stored_as)

@@ -14,12 +14,18 @@ from fusedopt import _codecs
 from fusedopt._shards import as_part_of, is_distributed, local
 
 SLOW = "slow"  # keys of the state: Lookahead's slow weights,
+AVERAGE = "ema"  # moving averages of the weights,
 REMAINDER = "remainder"  # what a bfloat16 parameter lacks of its float32 master,
 MASTER = "master"  # the float32 that a float16 parameter is rounded from,
-ROUNDING = "rounding"  # and where its random bits are: key * 2**32 + number of the draw
+ROUNDING = "rounding"  # where its random bits are: key * 2**32 + number of the draw,
+WINDOW = "window"  # and, of one parameter, the last norms of all gradients: _spikes.Watch.norms
+
+# Keys of what is no number of the parameter's.
+_OTHERS = frozenset({"step", REMAINDER, MASTER, ROUNDING, WINDOW})
 
 MXFP8 = "mxfp8"
 PARTS = 16
+FOLLOWING = frozenset({SLOW, AVERAGE})  # weights that follow the parameter's
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # States that have no sign.
@@ -69,6 +75,11 @@ def place_of_draws(p: Tensor) -> torch.device:
     return p.device if p.is_cuda else torch.device("cpu")
 
 
+def following_dtype(p: Tensor, name: str) -> torch.dtype:
+    """Return what weights that follow those of p are stored in, unless they came otherwise."""
+    return torch.float32 if name == AVERAGE and p.dtype in HALVES else p.dtype
+
+
 def zero_scales(p: Tensor) -> Tensor:
     zeros = torch.zeros(_codecs.scale_shape(local(p)), dtype=torch.uint8, device=p.device)
     return as_part_of(p, zeros, _codecs.scale_shape(p))
@@ -79,10 +90,10 @@ def is_coded(value: object) -> bool:
 
 
 def is_moment(key: str, value: object) -> bool:
-    """Return whether this is a state of a rule, or slow weights."""
+    """Return whether this is a state of a rule, or weights that follow the parameter's."""
     return (
         isinstance(value, Tensor)
-        and key not in ("step", REMAINDER, MASTER, ROUNDING)
+        and key not in _OTHERS
         and not key.endswith("_scale")
         and (value.is_floating_point() or is_coded(value))
     )
@@ -90,7 +101,8 @@ def is_moment(key: str, value: object) -> bool:
 
 def rank(key: str) -> int:
     """Return which keys of a state come first; those of one rank stay as they are."""
-    ranks = {"step": 0, SLOW: 2, REMAINDER: 3, MASTER: 3, ROUNDING: 5}
+    ranks = {"step": 0, **dict.fromkeys(FOLLOWING, 2)}
+    ranks |= {REMAINDER: 3, MASTER: 3, ROUNDING: 5, WINDOW: 6}
     return ranks.get(key, 4 if key.endswith("_scale") else 1)
 
 
@@ -143,7 +155,7 @@ def as_numbers(state: dict[str, Any]) -> dict[str, Any]:
     return {
         key: decoded(state, key) if is_moment(key, value) else value
         for key, value in state.items()
-        if key not in (REMAINDER, MASTER, ROUNDING) and not key.endswith("_scale")
+        if key == "step" or not (key in _OTHERS or key.endswith("_scale"))
     }
 
 

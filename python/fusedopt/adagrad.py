@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 
 class Adagrad(Fused, torch.optim.Adagrad):
@@ -39,7 +40,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
         maximize: negate the gradients first.
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -61,6 +62,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -80,6 +82,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
             fused=fused,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

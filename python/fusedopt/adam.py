@@ -11,6 +11,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square, maximum
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 
 def is_coupled(group: dict[str, Any]) -> bool:
@@ -83,7 +84,7 @@ class Adam(Fused, torch.optim.Adam):
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
         decoupled_weight_decay: shrink the parameters by it, instead of adding it to the gradients.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -107,6 +108,7 @@ class Adam(Fused, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -128,6 +130,7 @@ class Adam(Fused, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,
@@ -178,7 +181,13 @@ class Adam(Fused, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     r"""Fused `torch.optim.AdamW`: `Adam` with decoupled weight decay, 0.01 by default.
 
-    Source: Loshchilov & Hutter 2017, arXiv:1711.05101. Formula, state, dtypes: see `Adam`.
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g^2 \\
+        p &\leftarrow p - \gamma \lambda p - \frac{\gamma}{1 - \beta_1^t} \, m_t \Big/
+        \left( \frac{\sqrt{v_t}}{\sqrt{1 - \beta_2^t}} + \epsilon \right)
+
+    Source: Loshchilov & Hutter 2017, arXiv:1711.05101. State and dtypes: see `Adam`.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -192,7 +201,7 @@ class AdamW(Adam, torch.optim.AdamW):
         capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -215,6 +224,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -236,6 +246,7 @@ class AdamW(Adam, torch.optim.AdamW):
             fused=fused,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

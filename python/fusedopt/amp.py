@@ -9,8 +9,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from fusedopt import _norms
-from fusedopt._base import Fused
-from fusedopt.lookahead import Lookahead
+from fusedopt._wrapper import fused_in
 
 _SCALED = ("grad_scale", "found_inf")  # what a scaler tells an optimizer
 
@@ -28,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step the optimizer, unless its gradients are infinite or NaN; see `GradScaler`."""
-        fused = _fused(optimizer)
+        fused = fused_in(optimizer)
         if not self._enabled or fused is None or not self._is_ready(optimizer):
             return super().step(optimizer, *args, **kwargs)
         before = {name: vars(fused)[name] for name in _SCALED if name in vars(fused)}
@@ -42,7 +41,7 @@ class GradScaler(torch.amp.GradScaler):
             raise
         finally:
             fused._scaler_asks = False
-        self._record(optimizer, fused._skipped)
+        self._record(optimizer, fused._overflowed)
         return result
 
     def _is_ready(self, optimizer: Optimizer) -> bool:
@@ -51,7 +50,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> Any:
         """Let torch go on without a pass of its own where the optimizer will do it."""
-        fused = _fused(optimizer)
+        fused = fused_in(optimizer)
         if fused is not None and fused._scaler_asks:
             return self._record(optimizer, False)
         return super()._check_inf_per_device(optimizer)
@@ -67,9 +66,3 @@ class GradScaler(torch.amp.GradScaler):
             found = {device: torch.full((), float(skipped), dtype=torch.float32, device=device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
-
-
-def _fused(optimizer: Optimizer) -> Fused | None:
-    """Return the fused optimizer that makes the steps, if one does."""
-    inner = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
-    return inner if isinstance(inner, Fused) else None

@@ -11,6 +11,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 
 class Lion(Fused, Optimizer):
@@ -34,7 +35,7 @@ class Lion(Fused, Optimizer):
         betas: :math:`\beta_1, \beta_2`, each in [0, 1).
         weight_decay: decoupled decay :math:`\lambda`; three to ten times AdamW's.
         maximize: negate the gradients first.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -53,6 +54,7 @@ class Lion(Fused, Optimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -74,6 +76,7 @@ class Lion(Fused, Optimizer):
             defaults,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from fusedopt._batches import matrix_reference
 from fusedopt._matrices import StepsMatrices
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 Coefficients = tuple[float, float, float]
 _TORCHS = torch.optim.Muon  # also where `as_torch_optim` gives its name to the one below
@@ -74,7 +75,7 @@ class Muon(StepsMatrices, _AnyMatrices):
             AdamW; ``"spectral_unclamped"``, ``sqrt(rows / columns)``.
         ns_dtype: the precision of the iteration; None for float32 on a CPU, bfloat16 on a CUDA
             device, and float64 for float64 parameters. Torch's is bfloat16, always.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -96,6 +97,7 @@ class Muon(StepsMatrices, _AnyMatrices):
         ns_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -117,6 +119,7 @@ class Muon(StepsMatrices, _AnyMatrices):
             defaults,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

@@ -14,6 +14,7 @@ from fusedopt._batches import matrix_reference
 from fusedopt._engine import Rule
 from fusedopt._matrices import StepsMatrices
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 from fusedopt.adam import AdamW, adam_rule, adam_scalars
 from fusedopt.muon import COEFFICIENTS, checked_defaults
 
@@ -44,7 +45,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
         adjust_lr_fn: how Muon's steps depend on the shape of a matrix: see `Muon`.
         betas: AdamW's :math:`\beta_1, \beta_2`, each in [0, 1).
         ns_dtype: the precision of Muon's iteration: see `Muon`.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -68,6 +69,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
         ns_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -92,6 +94,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
             {**muon, "eps": eps, "betas": adamw.defaults["betas"]},
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

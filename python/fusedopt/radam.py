@@ -11,6 +11,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 from fusedopt.adam import decay_and_betas, is_coupled
 
 
@@ -51,7 +52,7 @@ class RAdam(Fused, torch.optim.RAdam):
         maximize: negate the gradients first.
         capturable: keep ``step`` on the device, so that CUDA graphs can be captured.
         differentiable: let autograd see the step, which torch's own implementation makes then.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -73,6 +74,7 @@ class RAdam(Fused, torch.optim.RAdam):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -92,6 +94,7 @@ class RAdam(Fused, torch.optim.RAdam):
             differentiable=differentiable,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

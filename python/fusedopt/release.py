@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fusedopt._base import Fused
-from fusedopt.lookahead import Lookahead
+from fusedopt._followers import Follower
+from fusedopt._wrapper import fused_in, layers, wrappers_of
 
 # Where a parameter is listed: its names there, by the index of a group.
 Places = dict[int, list[str | None]]
@@ -21,9 +22,9 @@ Places = dict[int, list[str | None]]
 class GradientRelease:
     """What `release_gradients` returns; `remove`, or the end of a with block, undoes it."""
 
-    def __init__(self, optimizer: Fused, lookahead: Lookahead | None) -> None:
+    def __init__(self, optimizer: Fused, followers: tuple[Follower, ...]) -> None:
         self._optimizer = optimizer
-        self._lookahead = lookahead
+        self._followers = followers
         self._handles: list[Any] = []
         # The hooks know it weakly: the collector does not see what torch holds for them, and would
         # never free the model. So that it lives as long as the optimizer does, that has it.
@@ -75,12 +76,12 @@ class GradientRelease:
             if names[0] is not None:
                 group["param_names"] = names
             groups.append(group)
-        around = optimizer._lookahead  # a step with a closure may be under way
-        optimizer._lookahead = self._lookahead
+        around = optimizer._followers  # a step with a closure may be under way
+        optimizer._followers = self._followers
         try:
             optimizer._update(groups, scaling)
         finally:
-            optimizer._lookahead = around
+            optimizer._followers = around
 
 
 def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientRelease:
@@ -91,32 +92,32 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
 
     The rest of the training loop may stay as it is. ``optimizer.step()`` finds no gradients, or
     those of parameters that are not the model's; schedulers and hooks of `step` count it, and a
-    `Lookahead` needs it to count its k. A closure passed to `step` works: its backward pass makes
-    the update. Hyper-parameters are read when a parameter is stepped, so each backward pass is one
-    step, and gradients cannot be accumulated over several. Keep the optimizer, or what this
+    `Lookahead` or an `EMA` needs it to count. A closure passed to `step` works: its backward pass
+    makes the update. Hyper-parameters are read when a parameter is stepped, so each backward pass
+    is one step, and gradients cannot be accumulated over several. Keep the optimizer, or what this
     returns. A gradient scaler does not go with it, and cannot be refused in time: a scaled loss
     looks like any other, and has stepped the parameters before ``scaler.step`` raises an error.
 
     Args:
         model: its parameters are stepped, as far as the optimizer has them and they require a
             gradient now. Those of `fully_shard` are stepped after their gradient is reduced.
-        optimizer: a fused optimizer, or a `Lookahead` around one.
+        optimizer: a fused optimizer, or a `Lookahead` or an `EMA` around one.
 
     Returns:
         A handle to undo it.
 
     Raises:
-        RuntimeError: max_grad_norm, skip_nonfinite or clip_grad_norm_ ask for the norm of all
-            gradients, here or later; or the optimizer's gradients are released already.
+        RuntimeError: max_grad_norm, skip_nonfinite, skip_spikes or ``clip_grad_norm_`` ask for the
+            norm of all gradients, here or later; or the optimizer's gradients are released already.
         TypeError: optimizer is not one of fusedopt's, or the model is a DistributedDataParallel,
             which reduces gradients only after they have been accumulated.
     """
-    lookahead = optimizer if isinstance(optimizer, Lookahead) else None
-    fused = lookahead.optimizer if lookahead else optimizer
-    if not isinstance(fused, Fused):
+    fused = fused_in(optimizer)
+    if fused is None:
+        inner = type(layers(optimizer)[-1]).__name__
         raise TypeError(
-            f"release_gradients steps optimizers of fusedopt, got {type(fused).__name__}; use the "
-            "fusedopt class of that name"
+            f"release_gradients steps optimizers of fusedopt, got {inner}; use the fusedopt class "
+            "of that name"
         )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise TypeError(
@@ -125,7 +126,7 @@ def release_gradients(model: torch.nn.Module, optimizer: Optimizer) -> GradientR
         )
     if fused._release is not None:
         raise RuntimeError("the gradients of this optimizer are released already")
-    release = GradientRelease(fused, lookahead)
+    release = GradientRelease(fused, wrappers_of(optimizer))
     try:
         fused._scaling()
     except (RuntimeError, ValueError):

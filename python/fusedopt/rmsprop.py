@@ -10,6 +10,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate, average_square, epsilon, largest, maximum, minimum
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 
 class RMSprop(Fused, torch.optim.RMSprop):
@@ -46,7 +47,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         foreach: accepted as by torch; changes nothing.
         maximize: negate the gradients first.
         differentiable: let autograd see the step, which torch's own implementation makes then.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -69,6 +70,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         *,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -89,6 +91,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
             differentiable,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

@@ -10,6 +10,7 @@ from fusedopt._base import Fused
 from fusedopt._engine import Rule, number
 from fusedopt._numeric import accumulate
 from fusedopt._options import StateDType
+from fusedopt._spikes import Spikes
 
 
 class SGD(Fused, torch.optim.SGD):
@@ -40,7 +41,7 @@ class SGD(Fused, torch.optim.SGD):
         foreach: accepted as by torch; changes nothing.
         differentiable: let autograd see the step, which torch's own implementation makes then.
         fused: accepted as by torch; changes nothing.
-        max_grad_norm, skip_nonfinite, amp_scaling: see `Fused`.
+        max_grad_norm, skip_nonfinite, skip_spikes, amp_scaling: see `Fused`.
         state_dtype, master_weights, stochastic_rounding, seed: see `Fused`.
 
     Raises:
@@ -62,6 +63,7 @@ class SGD(Fused, torch.optim.SGD):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        skip_spikes: bool | Spikes = False,
         amp_scaling: bool = False,
         state_dtype: StateDType = None,
         master_weights: bool = False,
@@ -81,6 +83,7 @@ class SGD(Fused, torch.optim.SGD):
             fused=fused,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes,
             amp_scaling=amp_scaling,
             state_dtype=state_dtype,
             master_weights=master_weights,

@@ -26,6 +26,7 @@ from tests.registry import BAD_ARGUMENTS, Config
 ADDITIONS = {
     "max_grad_norm",
     "skip_nonfinite",
+    "skip_spikes",
     "amp_scaling",
     "state_dtype",
     "master_weights",

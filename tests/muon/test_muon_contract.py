@@ -22,7 +22,7 @@ from tests.helpers import (
 from tests.muon.common import matrices
 
 OPTION_NAMES = (
-    *("max_grad_norm", "skip_nonfinite", "amp_scaling"),
+    *("max_grad_norm", "skip_nonfinite", "skip_spikes", "amp_scaling"),
     *("state_dtype", "master_weights", "stochastic_rounding", "seed"),
 )
 
