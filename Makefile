@@ -93,6 +93,7 @@ wheel: .venv/dependencies
 ## make wheels         a checked manylinux wheel a Python, PYTHONS="..."; with CUDA="80 90", kernels
 wheels: .venv/wheels
 	$(RUN)/python -m tools.make_wheels $(PYTHONS) $(if $(CUDA),--cuda "$(CUDA)") $(ARGS)
+	$(RUN)/python -m tools.support_page --write
 
 ## make test-wheels    the wheel in dist/ installed, and the sdist built in several ways
 test-wheels: .venv/wheels .venv/installed
@@ -104,10 +105,14 @@ test-torches: .venv/wheels
 	$(RUN)/python -m tools.support_page --write
 
 ## make lint-release   workflows, citation and issue templates
+lint-release: SCHEMA := $(RUN)/check-jsonschema --builtin-schema vendor.
 lint-release: .venv/release
 	$(RUN)/zizmor --offline .github
-	$(RUN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(RUN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(SCHEMA)github-workflows .github/workflows/*.yml
+	$(SCHEMA)dependabot .github/dependabot.yml
+	$(SCHEMA)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA)github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA)citation-file-format CITATION.cff
 
 ## make test-machines  the kernels on processors that this machine is not, under emulation
 test-machines: .venv/dependencies

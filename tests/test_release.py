@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fusedopt
-from tools import make_wheels, support_page, test_torches
+from tools import long_description, make_wheels, support_page, test_torches
 
 ROOT = Path(__file__).parent.parent
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
@@ -79,6 +81,38 @@ def test_each_minor_version_is_tested_by_its_last_release() -> None:
 def test_a_wheel_is_not_linked_with_what_torch_brings(name: str) -> None:
     assert not make_wheels.MAY_NEED.match(name)
     assert make_wheels.MAY_NEED.match("libgomp.so.1")
+
+
+README = """![A picture](docs/a.png)
+
+See [the `page`](docs/a.md#part), [elsewhere](https://example.org/a) and [below](#below).
+"""
+
+
+def test_links_on_a_package_index_lead_to_the_tag_of_the_version() -> None:
+    home = "https://example.org/us/fusedopt"
+    assert long_description.long_description(README, f"{home}/", "v1.2.3") == README.replace(
+        "(docs/a.png)", f"({home}/raw/v1.2.3/docs/a.png)"
+    ).replace("(docs/a.md", f"({home}/blob/v1.2.3/docs/a.md")
+
+
+def test_without_a_repository_the_text_stays_and_leads_nowhere() -> None:
+    expected = "See the `page`, [elsewhere](https://example.org/a) and [below](#below).\n"
+    assert long_description.long_description(README, "", "v1.2.3") == expected
+
+
+def test_a_build_takes_the_long_description_from_there(tmp_path: Path) -> None:
+    hook = "prepare_metadata_for_build_wheel"
+    code = f"from scikit_build_core.build import {hook}; {hook}({str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (metadata,) = tmp_path.glob("*/METADATA")
+    text = metadata.read_text()
+    assert "\nDescription-Content-Type: text/markdown\n" in text
+    assert "# fusedopt\n" in text
+    assert "](docs/" not in text
 
 
 def test_actions_are_pinned_to_commits() -> None:

@@ -1,10 +1,11 @@
 """Builds, repairs and checks a wheel for each Python: ``make wheels PYTHONS="python3.11"``.
 
-    python -m tools.make_wheels [PYTHON...] [--cuda ARCHS] [--plat TAG]
+    python -m tools.make_wheels [PYTHON...] [--cuda ARCHS] [--plat TAG] [--record]
 
 A PYTHON is a command or a path; without any, all of NAMES that run. The wheels go into dist/, with
 the tag that auditwheel finds their symbols to fulfil, or an error. Where there is ccache, the
-kernels, which do not depend on Python, are compiled once. Sizes go into docs/wheels.json.
+kernels, which do not depend on Python, are compiled once. --record puts the sizes into
+docs/wheels.json.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ def tool(*command: str | Path) -> str:
     return done.stdout
 
 
-def runs(python: str) -> bool:
-    """Whether the command is there, and is what its name says."""
+def interpreter(python: str) -> str | None:
+    """Return the path of the Python that a command starts, if it starts one."""
     if shutil.which(python) is None:
-        return False
-    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
+        return None
+    command = [python, "-c", "import sys; print(sys.executable)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
-def build(python: str, cuda: str, older_glibc: bool) -> Path:
+def build(python: str, cuda: str) -> Path:
     """Return the wheel for one Python as it is built here."""
     shutil.rmtree(RAW, ignore_errors=True)
     if launcher := shutil.which("ccache"):
@@ -59,7 +62,7 @@ def build(python: str, cuda: str, older_glibc: bool) -> Path:
     settings = {
         "FUSEDOPT_CUDA": "ON" if cuda else "OFF",
         "FUSEDOPT_CUDA_ARCHS": cuda.replace(" ", ";"),
-        "FUSEDOPT_OLDER_GLIBC": "ON" if older_glibc else "OFF",
+        "FUSEDOPT_OLDER_GLIBC": "ON",
     }
     options = [x for name, v in settings.items() for x in ("-C", f"cmake.define.{name}={v}")]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
@@ -69,16 +72,13 @@ def build(python: str, cuda: str, older_glibc: bool) -> Path:
     return wheel
 
 
-def repair(wheel: Path, plat: str, destination: Path) -> Path:
+def repair(wheel: Path, plat: str) -> Path:
     """Give the wheel the tags that its symbols fulfil, down from plat, which they must."""
-    destination.mkdir(exist_ok=True)
-    before = set(destination.glob("*.whl"))
-    options = ["--exclude", "libgomp.so.1", "--plat", plat, "--wheel-dir", str(destination)]
+    repaired = RAW / "repaired"
+    options = ["--exclude", "libgomp.so.1", "--plat", plat, "--wheel-dir", str(repaired)]
     tool("auditwheel", "repair", *options, wheel)
-    name = "-".join(wheel.stem.split("-")[:-1])
-    return max(
-        destination.glob(f"{name}-*.whl"), key=lambda x: (x not in before, x.stat().st_mtime)
-    )
+    (found,) = repaired.glob("*.whl")
+    return found
 
 
 def needed(module: Path) -> list[str]:
@@ -86,20 +86,34 @@ def needed(module: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", tool("readelf", "-d", module))
 
 
-def faults(wheel: Path, scratch: Path) -> list[str]:
+def faults(wheel: Path) -> list[str]:
     """Return what is wrong with what the wheel holds and is linked with."""
     with zipfile.ZipFile(wheel) as archive:
         libraries = [x for x in archive.namelist() if re.search(r"\.so(\.|$)", x)]
-        module = archive.extract(libraries[0], scratch)
-    found = [f"{x} is in the wheel" for x in libraries if not x.startswith("fusedopt/_core.")]
-    for name in needed(Path(module)):
+        modules = [x for x in libraries if x.startswith("fusedopt/_core.")]
+        files = [Path(archive.extract(x, RAW)) for x in modules]
+    found = [f"{x} is in the wheel" for x in libraries if x not in modules]
+    if len(modules) != 1:
+        found.append(f"it has {len(modules)} modules")
+    for name in {name for file in files for name in needed(file)}:
         if not MAY_NEED.match(name) and not OLDER_LIBRARIES.match(name):
             found.append(f"the module needs {name}")
     return found
 
 
+def make(python: str, cuda: str, plat: str) -> Path:
+    """Return the checked wheel for one Python, in dist/."""
+    wheel = repair(build(python, cuda), plat)
+    if wrong := faults(wheel):
+        raise SystemExit(f"{wheel.name}: {'; '.join(wrong)}")
+    tool("twine", "check", "--strict", wheel)
+    tool("check-wheel-contents", wheel)
+    DIST.mkdir(exist_ok=True)
+    return Path(shutil.move(wheel, DIST / wheel.name))
+
+
 def main() -> None:
-    """Build them one after the other."""
+    """Make them one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pythons", nargs="*", metavar="PYTHON")
     parser.add_argument(
@@ -110,22 +124,19 @@ def main() -> None:
     args = parser.parse_args()
     # What CUDA links statically asks for the glibc that it is linked on.
     usual = f"manylinux_2_{'34' if args.cuda else '28'}_{platform.machine()}"
-    pythons = args.pythons or [name for name in NAMES if runs(name)]
-    print(f"wheels for {', '.join(pythons)}", flush=True)
-    for python in pythons:
-        if not runs(python):
-            raise SystemExit(f"{python} does not run: name others with PYTHONS=")
-        wheel = repair(build(python, args.cuda, older_glibc=True), args.plat or usual, DIST)
-        if wrong := faults(wheel, RAW):
-            raise SystemExit(f"{wheel.name}: {'; '.join(wrong)}")
-        tool("twine", "check", "--strict", wheel)
-        tool("check-wheel-contents", wheel)
-        size = wheel.stat().st_size
-        print(f"{size / 1e6:6.2f} MB  {wheel.relative_to(ROOT)}", flush=True)
-        if args.record:
-            sizes = json.loads(SIZES.read_text()) if SIZES.exists() else {}
-            sizes.setdefault(f"CUDA: {args.cuda}" if args.cuda else "CPU", {})[wheel.name] = size
-            SIZES.write_text(json.dumps(sizes, indent=1, sort_keys=True) + "\n")
+    found = {name: interpreter(name) for name in args.pythons or NAMES}
+    if absent := [name for name in args.pythons if found[name] is None]:
+        raise SystemExit(f"{', '.join(absent)}: no such Python: name others with PYTHONS=")
+    sizes = {}
+    for python in filter(None, found.values()):
+        print(f"a wheel for {python}", flush=True)
+        wheel = make(python, args.cuda, args.plat or usual)
+        sizes[wheel.name] = wheel.stat().st_size
+        print(f"{sizes[wheel.name] / 1e6:6.2f} MB  {wheel.relative_to(ROOT)}", flush=True)
+    if args.record:
+        recorded = json.loads(SIZES.read_text()) if SIZES.exists() else {}
+        recorded[f"CUDA: {args.cuda}" if args.cuda else "CPU"] = sizes
+        SIZES.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

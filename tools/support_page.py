@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools.make_guide import rewrite
+from tools.blocks import rewrite
 from tools.test_torches import TESTS
 
 ROOT = Path(__file__).parent.parent

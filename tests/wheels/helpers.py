@@ -11,9 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 
+# Argument: where fusedopt is. Prints which OpenMP runtimes are in the process.
 STEP = """
 import re, sys, torch, fusedopt
-assert fusedopt.__file__.startswith(sys.prefix), fusedopt.__file__
+assert fusedopt.__file__.startswith(sys.argv[1]), fusedopt.__file__
 w = torch.ones(5, requires_grad=True)
 optimizer = fusedopt.SGD([w], lr=0.5, max_grad_norm=1e9)
 (w * w).sum().backward()
@@ -35,15 +36,14 @@ with open("/proc/self/maps") as maps:
 """
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Run a command without the checkout on its path; return what it prints."""
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "SKBUILD_CMAKE_DEFINE"}
-    }
+    ours = {"PYTHONPATH", "SKBUILD_CMAKE_DEFINE"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
         [str(x) for x in command],
         cwd=cwd,
-        env={**inherited, **environment},
+        env={**inherited, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -64,14 +64,7 @@ def show_torch(python: Path) -> None:
     (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
-def pip(python: Path, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+def pip(python: Path, *arguments: str | Path, cwd: Path, **variables: str) -> str:
     """Run this environment's pip for another one."""
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--python",
-        python,
-    ]
-    return run(*command, *arguments, cwd=cwd, **environment)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    return run(*command, *arguments, cwd=cwd, **variables)
