@@ -47,14 +47,7 @@ def run(*command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]
 
 def pip(python: Path, *arguments: str) -> str:
     """Run pip for another Python, which needs none of its own; return what it prints."""
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--python",
-        python,
-    ]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     done = run(*command, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}:\n{done.stdout}{done.stderr}")
@@ -135,18 +128,9 @@ def test(torch: str, wheel: Path, names: list[str], workers: str) -> dict[str, A
         print(f"torch {torch}: installed in {time.monotonic() - began:.0f} s", flush=True)
         result = facts(python)
         log = WORK / f"torch-{torch}.log"
+        pytest = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers]
+        tests = [f"tests/{name}" for name in names]
         with log.open("w") as file:
-            tests = [f"tests/{name}" for name in names]
-            pytest: list[str | Path] = [
-                python,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-n",
-                workers,
-            ]
             run(*pytest, "--dist", "worksteal", *tests, cwd=ROOT, stdout=file, stderr=file)
         tally = counts(log.read_text())
         print(f"torch {torch}: {tally or 'no tests ran'} ({log.relative_to(ROOT)})", flush=True)
