@@ -139,6 +139,18 @@ def test(torch: str, wheel: Path, names: list[str], workers: str) -> dict[str, A
         shutil.rmtree(place, ignore_errors=True)
 
 
+def known(wheel: Path) -> dict[str, Any]:
+    """Return the results that there are, or an empty page for a wheel that has none."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    page: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if page.get("sha256") == digest:
+        return page
+    system = f"{platform.system()} {platform.machine()}"
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    names = {"sha256": digest, "wheel": wheel.name, "system": system, "python": python}
+    return {**names, "torches": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
@@ -149,29 +161,25 @@ def main() -> None:
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     wheel = args.wheel.resolve()
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    page = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if page.get("sha256") != digest:  # another wheel: nothing is known of it
-        system = f"{platform.system()} {platform.machine()}"
-        python = f"{platform.python_implementation()} {platform.python_version()}"
-        page = {"sha256": digest, "wheel": wheel.name, "system": system, "python": python}
-    absent: list[str] = []
-    torches = page.setdefault("torches", {})
+    bad: list[str] = []
     for version in args.versions or last_of_each_minor(on_the_index(), oldest()):
-        if version in torches and not args.again:
+        result = known(wheel)["torches"].get(version)
+        if result and not args.again:
             print(f"torch {version}: has results", flush=True)
-            continue
-        try:
-            names = args.only or TESTS
-            torches[version] = test(version, wheel, names, args.workers)
-        except SystemExit as error:  # it cannot be installed: the others may be
-            print(f"torch {version}: not run\n{error}", flush=True)
-            absent.append(version)
-            continue
-        RESULTS.write_text(json.dumps(page, indent=1) + "\n")
-    bad = [v for v, result in torches.items() if set(result["tests"]) != {"passed"}]
-    if bad or absent:
-        sys.exit(f"not all tests pass with torch {', '.join(bad + absent)}")
+        else:
+            try:
+                result = test(version, wheel, args.only or TESTS, args.workers)
+            except SystemExit as error:  # it cannot be installed: the others may be
+                print(f"torch {version}: not run\n{error}", flush=True)
+                bad.append(version)
+                continue
+            page = known(wheel)  # as another process may have left it
+            page["torches"][version] = result
+            RESULTS.write_text(json.dumps(page, indent=1) + "\n")
+        if set(result["tests"]) != {"passed"}:
+            bad.append(version)
+    if bad:
+        sys.exit(f"not all tests pass with torch {', '.join(bad)}")
 
 
 if __name__ == "__main__":
