@@ -12,11 +12,12 @@ import pytest
 from tests.wheels.helpers import ROOT, STEP, environment, pip, run, show_torch
 
 SMALL = ["-C", "cmake.define.FUSEDOPT_ISAS=generic", "-C", "cmake.define.FUSEDOPT_CUDA=OFF"]
-WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "gcc": ([], {"CXX": "g++"}),
-    "clang": ([], {"CXX": "clang++"}),
-    "no openmp": (["-C", "cmake.define.FUSEDOPT_OPENMP=OFF"], {}),
-    "editable": (["--editable"], {}),
+# Options of pip, variables, and what the diagnosis says of the compiler.
+WAYS: dict[str, tuple[list[str], dict[str, str], str]] = {
+    "gcc": ([], {"CXX": "g++"}, "GNU"),
+    "clang": ([], {"CXX": "clang++"}, "Clang"),
+    "no openmp": (["-C", "cmake.define.FUSEDOPT_OPENMP=OFF"], {}, "without OpenMP"),
+    "editable": (["--editable"], {}, ""),
 }
 
 
@@ -41,15 +42,17 @@ def test_it_holds_what_builds_and_nothing_of_the_forge(sources: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_builds(way: str, sources: Path, tmp_path: Path) -> None:
-    options, variables = WAYS[way]
+    options, variables, compiler = WAYS[way]
     if shutil.which(variables.get("CXX", "c++")) is None:
         pytest.skip(f"needs {variables['CXX']}")
     python = environment(tmp_path / "a venv")
     install = ["install", "--no-deps", "--build-constraint", str(ROOT / "constraints.txt")]
-    pip(python, *install, *SMALL, *options, sources, cwd=tmp_path, **variables)
+    build = ["-C", f"build-dir=build/{way}"]  # without the compiler of another way
+    pip(python, *install, *SMALL, *build, *options, sources, cwd=tmp_path, **variables)
     show_torch(python)
     home = sources if "--editable" in options else python.parent.parent
     run(python, "-c", STEP, home, cwd=tmp_path)
+    assert compiler in run(python, "-m", "fusedopt", cwd=tmp_path)
 
 
 def test_it_builds_with_uv(sources: Path, tmp_path: Path) -> None:

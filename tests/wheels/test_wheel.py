@@ -51,7 +51,16 @@ def test_the_diagnosis_runs_without_the_checkout(python: Path) -> None:
 
 
 def test_the_benchmark_runs_without_the_checkout(python: Path, tmp_path: Path) -> None:
-    row = ["--rows", "YOLOv8 n, SGD, 1 thread", "--threads", "1", "--repeats", "1"]
+    row = [
+        "--rows",
+        "YOLOv8 n, SGD, 1 thread",
+        "--threads",
+        "1",
+        "--repeats",
+        "1",
+        "--peers",
+        "none",
+    ]
     run(python, "-m", "fusedopt.bench", *row, "--json", "figures.json", cwd=tmp_path)
     assert json.loads((tmp_path / "figures.json").read_text())["rows"]
 
