@@ -16,6 +16,7 @@ ON_DEVICES := tests/contract tests/muon $(addprefix tests/test_,amp.py torch_ora
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo docs site test-site site-links test bench bench-peers bench-docs count lint format wheel test-machines
+.PHONY: wheels test-wheels test-torches lint-release
 .PHONY: test-ecosystem gpu-check gpu-rows gpu-sanitize clean
 .DELETE_ON_ERROR:
 
@@ -90,6 +91,30 @@ format: .venv/dependencies
 wheel: .venv/dependencies
 	$(PIP) wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
 
+## make wheels         a checked manylinux wheel a Python, PYTHONS="..."; with CUDA="80 90", kernels
+wheels: .venv/wheels
+	$(RUN)/python -m tools.make_wheels $(PYTHONS) $(if $(CUDA),--cuda "$(CUDA)") $(ARGS)
+	$(RUN)/python -m tools.support_page --write
+
+## make test-wheels    the wheel in dist/ installed, and the sdist built in several ways
+test-wheels: .venv/wheels .venv/installed
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/python -m pytest $(ARGS) tests/wheels
+
+## make test-torches   that wheel with each torch from the oldest on: gigabytes of downloads
+test-torches: .venv/wheels
+	$(RUN)/python -m tools.test_torches $(or $(WHEEL),$(wildcard dist/*-cp311-*manylinux*)) $(ARGS)
+	$(RUN)/python -m tools.support_page --write
+
+## make lint-release   workflows, citation and issue templates
+lint-release: SCHEMA := $(RUN)/check-jsonschema --builtin-schema vendor.
+lint-release: .venv/release
+	$(RUN)/zizmor --offline .github
+	$(SCHEMA)github-workflows .github/workflows/*.yml
+	$(SCHEMA)dependabot .github/dependabot.yml
+	$(SCHEMA)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA)github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA)citation-file-format CITATION.cff
+
 ## make test-machines  the kernels on processors that this machine is not, under emulation
 test-machines: .venv/dependencies
 	tests/machines/run
@@ -127,6 +152,10 @@ clean:
 
 .venv/peers: .venv/dependencies
 	$(PIP) install --constraint constraints.txt --group peers
+	@touch $@
+
+.venv/wheels .venv/release: .venv/dependencies
+	$(PIP) install --constraint constraints.txt --group $(notdir $@)
 	@touch $@
 
 .venv/ecosystem: .venv/dependencies

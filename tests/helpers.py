@@ -118,13 +118,24 @@ class PlainLion(Optimizer):
         return loss
 
 
+class TorchAdagrad(torch.optim.Adagrad):
+    """Torch's, which in 2.10 makes states in its constructor alone: an added group has none."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            total = torch.full_like(p, self.defaults["initial_accumulator_value"])
+            self.state[p] = {"step": torch.tensor(0.0), "sum": total}
+
+
 def oracle(config: Config) -> Callable[..., Optimizer]:
     """Torch's own implementation of the optimizer, one tensor and one operator at a time."""
     if config.name == "MuonWithAuxAdam":
         return TorchMuonWithAuxAdam
     if config.torch_cls is None:
         return PlainLion
-    return lambda params, **kwargs: config.torch_cls(params, foreach=False, **kwargs)
+    cls = TorchAdagrad if config.name == "Adagrad" else config.torch_cls
+    return lambda params, **kwargs: cls(params, foreach=False, **kwargs)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ python -m tools.make_guide
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
 import tempfile
@@ -22,18 +21,10 @@ from examples import landscape, train_digits
 from examples.train_digits import RECIPES
 from fusedopt.bench.results import machine
 from fusedopt.bench.rows import Row, parameters
+from tools.blocks import rewrite
 
 DOCS = Path(__file__).parent.parent / "docs"
 CYCLE, CYCLES = 5, 5  # every fifth step of Lookahead does more
-
-
-def rewrite(page: Path, block: str, lines: list[str]) -> None:
-    """Replace what stands between the two comments that name the block."""
-    begin, end = f"<!-- begin {block} -->\n", f"<!-- end {block} -->"
-    text = page.read_text()
-    pattern = f"({re.escape(begin)}).*?({re.escape(end)})"
-    body = "".join(f"{line}\n" for line in lines)
-    page.write_text(re.sub(pattern, lambda m: m[1] + body + m[2], text, flags=re.DOTALL))
 
 
 def state_tensors(optimizer: Optimizer, params: list[Tensor]) -> int:

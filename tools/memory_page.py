@@ -25,7 +25,7 @@ from torch.nn import Parameter
 import fusedopt
 from examples.train_gpt import MEMORY
 from tools import memory_quality, memory_speed
-from tools.make_guide import rewrite
+from tools.blocks import rewrite
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "memory.md", ROOT / "README.md"

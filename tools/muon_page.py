@@ -26,7 +26,7 @@ from tqdm import tqdm
 import fusedopt
 from examples import train_gpt
 from tools import small_gpt
-from tools.make_guide import rewrite
+from tools.blocks import rewrite
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, RESULTS, PICTURE = DOCS / "muon.md", DOCS / "muon.json", DOCS / "muon.png"

@@ -63,6 +63,11 @@ def test_a_row_is_chosen_by_its_whole_name(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.splitlines()[1:] == [name]
 
 
+def test_a_name_that_no_row_has_is_said() -> None:
+    with pytest.raises(SystemExit, match=r"no row has the name --rows 1K,clp; --list prints them"):
+        command.main(["--peers", "none", "--rows", "1K,clp"])
+
+
 def test_what_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import flop_counter  # noqa: F401  (says at its import that there is no triton)
 
 import fusedopt
 from tests.helpers import (

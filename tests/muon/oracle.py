@@ -20,13 +20,23 @@ import fusedopt
 def torch_in(precision: torch.dtype) -> Iterator[None]:
     """Let torch's Muon iterate in another precision than bfloat16: change its one cast.
 
-    (It divides what the cast returns in place. So that has to be a copy.)
+    (It divides what the cast returns in place. So that has to be a copy. Since 2.15 it says so
+    itself, by ``to(dtype=torch.bfloat16, copy=True)``.)
     """
+    convert = torch.Tensor.to
 
     def cast(x: Tensor) -> Tensor:
-        return x.to(precision, copy=True)
+        return convert(x, precision, copy=True)
 
-    with mock.patch.object(torch.Tensor, "bfloat16", cast):
+    def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("dtype") is torch.bfloat16:
+            kwargs["dtype"] = precision
+        return convert(x, *args, **kwargs)
+
+    with (
+        mock.patch.object(torch.Tensor, "bfloat16", cast),
+        mock.patch.object(torch.Tensor, "to", to),
+    ):
         yield
 
 

@@ -43,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
     savers = memory.contestants(options.peers, options.quick)
     report.missing = {each.name: each.missing for each in [*entrants, *savers] if each.missing}
     jobs = _chosen(plan(options, entrants, savers), options.rows)
+    if not jobs:
+        sys.exit(f"no row has the name --rows {' --rows '.join(options.rows)}; --list prints them")
     if options.list:
         for job in jobs:
             console.print(job.name, highlight=False)
