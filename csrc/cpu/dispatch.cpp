@@ -2,6 +2,9 @@
 
 #include <cstring>
 #include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fusedopt {
 
@@ -15,15 +18,22 @@ namespace fusedopt {
 FUSEDOPT_ISAS
 #undef FUSEDOPT_EACH
 
+#if defined(__x86_64__)
+// Clang 14 does not know this name in __builtin_cpu_supports.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 static bool runs(const char* isa) {
 #if defined(__x86_64__)
   if (!std::strcmp(isa, "avx512")) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c();
   }
   if (!std::strcmp(isa, "avx2")) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && has_f16c();
   }
 #endif
   (void)isa;
