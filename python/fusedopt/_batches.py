@@ -12,9 +12,11 @@ from torch import Tensor
 from fusedopt._numeric import accumulate
 from fusedopt._orthogonal import Iteration, orthogonalize_, orthogonalized
 
-# So much of one batch has its momentum beside it at once, or one matrix.
+# So much of one batch has its momentum beside it at once, or one matrix. On a CPU no more matrices
+# than these once they have so many bytes: of 64 MB, new pages alone took twice as long as what is
+# put there.
 CHUNK_BYTES = 1 << 26
-
+CHUNK_OF_CPU, BYTES_OF_CPU = 4, 1 << 24
 
 _KERNEL_OR_STACK = (
     "; in a group with batch_dims=0 it is the kernel of a convolution, in one with batch_dims=1 a "
@@ -70,18 +72,31 @@ def shape_of(p: Tensor, batch_dims: int | None) -> tuple[int, int, int]:
     return count, rows, math.prod(columns)
 
 
-class Batch:
-    """Room for matrices that are alike, one after the other."""
+class Workspace:
+    """Memory that one batch takes after the other: the system hands out its pages once."""
 
-    def __init__(self, matrices: list[Matrix]) -> None:
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def of(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a tensor of unset contents, which the next one may take the place of."""
+        count = math.prod(shape)
+        last = self._memory
+        if last.dtype != dtype or last.device != device or last.numel() < count:
+            del last, self._memory  # before there is more
+            self._memory = torch.empty(count, dtype=dtype, device=device)
+        return self._memory[:count].view(shape)
+
+
+class Batch:
+    """Matrices that are alike, one after the other, in a workspace."""
+
+    def __init__(self, matrices: list[Matrix], workspace: Workspace) -> None:
         first = matrices[0]
         counts = [matrix.stack for matrix in matrices]
         self._iteration = Iteration.of(first.group)
-        self._x = torch.empty(
-            (sum(counts), first.rows, first.columns),
-            dtype=first.precision,
-            device=first.param.device,
-        )
+        shape = (sum(counts), first.rows, first.columns)
+        self._x = workspace.of(shape, first.precision, first.param.device)
         parts = torch.split(self._x, counts)
         self.places = [
             (matrix, part.view(matrix.param.shape))
@@ -112,8 +127,11 @@ def chunks(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
     """
     chunk: list[Matrix] = []
     size = 0
+    on_cpu = matrices[0].param.device.type == "cpu"
     for matrix in matrices:
-        if chunk and size + matrix.bytes > CHUNK_BYTES:
+        with_it = size + matrix.bytes
+        many = on_cpu and len(chunk) >= CHUNK_OF_CPU and with_it > BYTES_OF_CPU
+        if chunk and (many or with_it > CHUNK_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(matrix)

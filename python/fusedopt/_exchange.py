@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedopt._batches import CHUNK_BYTES, Batch, Matrix, alike
+from fusedopt._batches import CHUNK_BYTES, Batch, Matrix, Workspace, alike
 from fusedopt._shards import as_part_of, is_distributed, local
 
 Places = list[tuple[Matrix, Tensor]]
@@ -87,7 +87,7 @@ def _on_every_rank(matrix: Matrix, fill: Work, move: Work) -> None:
     p: Any = matrix.param
     part = torch.empty_like(local(p), dtype=matrix.precision, memory_format=torch.contiguous_format)
     fill([(matrix, part)])
-    batch = Batch([matrix])
+    batch = Batch([matrix], Workspace())
     ((_, whole),) = batch.places
     split: Any = as_part_of(p, part)
     whole.copy_(split.full_tensor())
@@ -181,7 +181,9 @@ class _Wave:
     def orthogonalize(self) -> None:
         """Wait for the matrices of this rank, and begin to send them back, orthogonal."""
         self._work.wait()
-        batches = [Batch(some) for some in alike(self._owned[self._split.group.rank()])]
+        batches = [
+            Batch(some, Workspace()) for some in alike(self._owned[self._split.group.rank()])
+        ]
         pairs = self._pairs([place for batch in batches for place in batch.places])
         for piece, there in pairs:
             there.copy_(piece)

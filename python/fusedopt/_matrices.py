@@ -16,7 +16,15 @@ from torch import Tensor
 
 from fusedopt import _core, _engine, _exchange, _momentum
 from fusedopt._base import Fused
-from fusedopt._batches import Batch, Matrix, alike, chunks, matrix_reference, shape_of
+from fusedopt._batches import (
+    Batch,
+    Matrix,
+    Workspace,
+    alike,
+    chunks,
+    matrix_reference,
+    shape_of,
+)
 from fusedopt._engine import Rule, Scaling, number
 from fusedopt._exchange import Places
 from fusedopt._gradients import gradients
@@ -185,12 +193,14 @@ class StepsMatrices(Fused):
         split: list[Matrix] = []
         for matrix in self._matrices(groups):
             (split if _exchange.is_split(matrix.param) else plain).append(matrix)
+        workspace = Workspace()
         for some in alike(plain):
             for chunk in chunks(some):
-                batch = Batch(chunk)
+                batch = Batch(chunk, workspace)
                 fill(batch.places)
                 batch.orthogonalize()
                 move(batch.places)
+                del batch  # before there is memory for another
         if split:
             _exchange.step(split, fill, move)
 
