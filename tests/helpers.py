@@ -118,14 +118,19 @@ class PlainLion(Optimizer):
         return loss
 
 
-class TorchAdagrad(torch.optim.Adagrad):
+def torch_adagrad(params: Any, **kwargs: Any) -> Optimizer:
     """Torch's, which in 2.10 makes states in its constructor alone: an added group has none."""
+    optimizer = torch.optim.Adagrad(params, **kwargs)
+    add = optimizer.add_param_group
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            total = torch.full_like(p, self.defaults["initial_accumulator_value"])
-            self.state[p] = {"step": torch.tensor(0.0), "sum": total}
+    def add_param_group(group: dict[str, Any]) -> None:
+        add(group)
+        for p in optimizer.param_groups[-1]["params"]:
+            total = torch.full_like(p, optimizer.defaults["initial_accumulator_value"])
+            optimizer.state[p] = {"step": torch.tensor(0.0), "sum": total}
+
+    optimizer.add_param_group = add_param_group  # type: ignore[assignment]  # its class is torch's
+    return optimizer
 
 
 def oracle(config: Config) -> Callable[..., Optimizer]:
@@ -134,7 +139,7 @@ def oracle(config: Config) -> Callable[..., Optimizer]:
         return TorchMuonWithAuxAdam
     if config.torch_cls is None:
         return PlainLion
-    cls = TorchAdagrad if config.name == "Adagrad" else config.torch_cls
+    cls = torch_adagrad if config.name == "Adagrad" else config.torch_cls
     return lambda params, **kwargs: cls(params, foreach=False, **kwargs)
 
 

@@ -52,7 +52,7 @@ def blocks(kind: str) -> list[tuple[Path, str]]:
 def test_the_page_is_complete(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("csrc", "python", "tests"):
+    for name in ("csrc", "python", "tests", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

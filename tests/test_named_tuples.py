@@ -15,7 +15,7 @@ OTHER_NAMES = {"has_no_sign": "unsigned"}
 
 
 @pytest.mark.parametrize(
-    ("header", "tuples"), [("group.h", Group), ("asked.h", Scaling), ("watch.h", Watch)]
+    ("header", "tuples"), [("group.h", Group), ("asked.h", Scaling), ("spikes.h", Watch)]
 )
 def test_fields_are_read_in_their_order(
     header: str, tuples: type[Group] | type[Scaling] | type[Watch]
