@@ -102,7 +102,7 @@ test-wheels: .venv/wheels .venv/installed
 
 ## make test-torches   that wheel with each torch from the oldest on: gigabytes of downloads
 test-torches: .venv/wheels
-	$(RUN)/python -m tools.test_torches $(or $(WHEEL),$(wildcard dist/*-cp311-*manylinux*)) $(ARGS)
+	$(RUN)/python -m tools.test_torches $(or $(WHEEL),$(firstword $(wildcard dist/*-cp311-*manylinux*))) $(ARGS)
 	$(RUN)/python -m tools.support_page --write
 
 ## make lint-release   workflows, citation and issue templates

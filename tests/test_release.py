@@ -58,7 +58,8 @@ def test_a_changelog_that_is_wrong_is_seen(text: str, fault: str) -> None:
 def test_the_version_stands_in_one_place() -> None:
     assert VERSION
     holders = [ROOT / "CMakeLists.txt", ROOT / "CITATION.cff", *(ROOT / "python").rglob("*.py")]
-    assert [path for path in holders if f'"{VERSION[1]}"' in path.read_text()] == []
+    version = re.compile(rf"(?<![\d.]){re.escape(VERSION[1])}(?![\d.])")
+    assert [path for path in holders if version.search(path.read_text())] == []
     assert fusedopt.__version__  # of the installed metadata
 
 

@@ -232,3 +232,78 @@ def test_an_error_leaves_the_last_ones() -> None:
     optimizer.step()
     assert optimizer.statistics is not None
     assert len(optimizer.statistics.names) == 2
+
+
+# ---- lists that change, and released gradients that do not come as planned -----------------------
+
+
+def test_lists_that_change_before_they_are_read() -> None:
+    a, b = parameters([(3,), (4,)], torch.float32)
+    optimizer = fusedopt.AdamW([("a", a), ("b", b)], track_statistics=True)
+    set_gradients([a, b], 0)
+    for change in (list.reverse, list.clear, lambda params: params.append(a)):
+        optimizer.param_groups[0]["params"][:] = [a, b]
+        optimizer.step()
+        statistics = optimizer.statistics
+        assert statistics is not None
+        change(optimizer.param_groups[0]["params"])
+        assert statistics.numel.tolist() == [3, 4]
+        assert statistics.names == ["a", "b"]
+
+
+def released() -> tuple[Sequential, fusedopt.AdamW, fusedopt.GradientRelease]:
+    torch.manual_seed(0)
+    model = Sequential(Linear(7, 9), Linear(9, 4))
+    optimizer = fusedopt.AdamW(model.named_parameters(), track_statistics=True)
+    return model, optimizer, fusedopt.release_gradients(model, optimizer)
+
+
+def test_a_backward_pass_that_is_repeated_counts_once() -> None:
+    model, optimizer, _ = released()
+    first: Any = model[0]
+    hook = first.weight.register_hook(lambda grad: grad / (1 // 0))
+    x = torch.randn(3, 7)
+    with pytest.raises(ZeroDivisionError):
+        model(x).square().sum().backward()
+    hook.remove()
+    for _ in range(2):
+        model(x).square().sum().backward()
+    optimizer.step()
+    assert optimizer.statistics is not None
+    assert optimizer.statistics.names == [name for name, _ in model.named_parameters()]
+    assert int(optimizer.statistics.total().numel) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_request_after_the_backward_pass_is_for_the_next_one() -> None:
+    model, optimizer, _ = released()
+    optimizer.track_statistics = False
+    x = torch.randn(3, 7)
+    model(x).square().sum().backward()
+    optimizer.request_statistics()
+    optimizer.step()
+    assert optimizer.statistics is None
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert optimizer.statistics is not None
+    assert len(optimizer.statistics.names) == 4
+
+
+def test_gradients_that_are_no_longer_released_before_the_step() -> None:
+    model, optimizer, release = released()
+    model(torch.randn(3, 7)).square().sum().backward()
+    release.remove()
+    optimizer.step()
+    assert optimizer.statistics is not None
+    assert len(optimizer.statistics.names) == 4
+
+
+def test_showing_them_does_not_read_them() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([p], track_statistics=True)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    statistics = optimizer.statistics
+    assert repr(statistics) == "Statistics, not read yet"
+    assert statistics is not None
+    assert statistics.names
+    assert repr(statistics) == "Statistics of 1 parameters"

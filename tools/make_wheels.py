@@ -135,7 +135,7 @@ def main() -> None:
         print(f"{sizes[wheel.name] / 1e6:6.2f} MB  {wheel.relative_to(ROOT)}", flush=True)
     if args.record:
         recorded = json.loads(SIZES.read_text()) if SIZES.exists() else {}
-        recorded[f"CUDA: {args.cuda}" if args.cuda else "CPU"] = sizes
+        recorded.setdefault(f"CUDA: {args.cuda}" if args.cuda else "CPU", {}).update(sizes)
         SIZES.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 

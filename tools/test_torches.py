@@ -131,8 +131,10 @@ def test(torch: str, wheel: Path, names: list[str], workers: str) -> dict[str, A
         pytest = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers]
         tests = [f"tests/{name}" for name in names]
         with log.open("w") as file:
-            run(*pytest, "--dist", "worksteal", *tests, cwd=ROOT, stdout=file, stderr=file)
+            done = run(*pytest, "--dist", "worksteal", *tests, cwd=ROOT, stdout=file, stderr=file)
         tally = counts(log.read_text())
+        if done.returncode > 1:  # pytest itself has failed, or was stopped
+            tally = {}
         print(f"torch {torch}: {tally or 'no tests ran'} ({log.relative_to(ROOT)})", flush=True)
         return {**result, "of": names, "tests": tally, "seconds": round(time.monotonic() - began)}
     finally:

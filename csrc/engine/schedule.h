@@ -10,7 +10,7 @@
 namespace fusedopt {
 
 // What is added up for statistics over a block, or over a parameter: squares, and counts. Python
-// reads them as a row of as many doubles (fusedopt._watch).
+// reads them as a row of as many doubles (fusedopt.statistics).
 struct Sums {
   double grad, nonfinite;  // of the gradient as it arrived
   double param, update;    // after the update; and its difference to what was there before

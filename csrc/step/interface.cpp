@@ -110,7 +110,7 @@ py::tuple Engine::step(const py::object& optimizer, KnownGroups* known, const py
   const Window window = window_on(asked, kHost);
   const Scaling scaling = read_scaling(asked, window);
   plan.complete_states();
-  Sums* const rows = watched.rows(kHost);
+  Sums* const rows = plan.jobs().empty() ? nullptr : watched.rows(kHost);
   std::vector<Sums> sums(rows ? plan.jobs().size() : 0);
   Verdict verdict;
   {

@@ -11,7 +11,7 @@ namespace fusedopt {
 
 class Watched {
  public:
-  // `part`: a fusedopt._watch.Part, or None if nobody asks; both outlive this.
+  // `part`: a fusedopt.statistics.Part, or None if nobody asks; both outlive this.
   Watched(const py::object& part, const std::deque<Group>& groups) : part_(part) {
     if (part_.is_none()) return;
     Py_ssize_t row = 0;
@@ -20,8 +20,6 @@ class Watched {
       row += group.size();
     }
   }
-
-  bool is_asked() const { return !part_.is_none(); }
 
   // The rows on a device; null if nobody asks. What nothing is written to is NaN.
   Sums* rows(int device) const {

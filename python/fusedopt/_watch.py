@@ -46,15 +46,21 @@ class Watches(Clips, FallsBack):
         turn = every and (self._steps_of_statistics + 1) % every == 0
         if not turn and not self._statistics_requested:
             self._watching = None
-        elif self._watching is None or self._release is None:  # which steps before the step
+        elif self._watching is None or not self._watching.has_released:
             self._watching = Statistics(self.param_groups, scaling.unscale)
+
+    def _begin_watch_of_released(self, p: Tensor, scaling: Scaling) -> None:
+        """Do so for a parameter that is stepped during backward, ahead of the step."""
+        self._begin_watch(scaling)
+        if self._watching is not None:
+            self._watching.begin_released(p)
 
     def _end_watch(self, skipped: bool | Tensor) -> None:
         """Count the step; what was found out in it is its statistics."""
         self._steps_of_statistics += 1
         watch, self._watching = self._watching, None
-        if watch is None:
-            return
+        if watch is None or (self._release is not None and not watch.has_parts):
+            return  # (What is asked for after the backward pass has its turn in the next one.)
         self._statistics_requested = False
         if skipped is True:
             watch.forget_parts()
@@ -107,7 +113,8 @@ class Watches(Clips, FallsBack):
         if with_gradients:
             for index, p in pairs:
                 _note_gradient(part, index, p)
-        before = [self._numbers(p).clone() for _, p in pairs]
+        with torch.no_grad():
+            before = [self._numbers(p).clone() for _, p in pairs]
         yield
         for (index, p), was in zip(pairs, before, strict=True):
             now = self._numbers(p)

@@ -78,7 +78,7 @@ class GradientRelease:
             groups.append(group)
         around = optimizer._followers  # a step with a closure may be under way
         optimizer._followers = self._followers
-        optimizer._begin_watch(scaling)
+        optimizer._begin_watch_of_released(p, scaling)
         try:
             optimizer._update(groups, scaling)
         finally:

@@ -20,8 +20,8 @@ Listing = list[tuple[Sequence[Tensor], Sequence[str] | None]]
 
 
 def _listing_of(groups: list[dict[str, Any]]) -> Listing:
-    """Return parameters and names of each group."""
-    return [(group["params"], group.get("param_names")) for group in groups]
+    """Return parameters and names of each group, which may have others when they are read."""
+    return [(list(group["params"]), group.get("param_names")) for group in groups]
 
 
 class Part:
@@ -84,6 +84,8 @@ class Statistics:
         self._listing = _listing_of(groups)
         self._unscale = unscale
         self._parts: list[Part] = []
+        self._released: dict[Tensor, list[Part]] = {}
+        self._of_released: list[Part] = []
         self._read: _Rows | None = None
 
     # ---- while a step is made ----------------------------------------------------------------
@@ -91,7 +93,27 @@ class Statistics:
     def part_of(self, groups: list[dict[str, Any]]) -> Part:
         """Return where statistics of some of the parameters go."""
         self._parts.append(Part(groups))
+        self._of_released.append(self._parts[-1])
         return self._parts[-1]
+
+    def begin_released(self, p: Tensor) -> None:
+        """Let the next parts be those of a parameter that is stepped ahead of the step.
+
+        What was found of it before is forgotten: a backward pass may fail halfway, or be repeated.
+        """
+        for part in self._released.get(p, ()):
+            self._parts.remove(part)
+        self._of_released = self._released[p] = []
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything has been stepped."""
+        return any(part.tables for part in self._parts)
+
+    @property
+    def has_released(self) -> bool:
+        """Whether some parameters were stepped ahead of the step."""
+        return bool(self._released)
 
     @property
     def last_part(self) -> Part:
@@ -121,7 +143,10 @@ class Statistics:
 
     @property
     def nonfinite(self) -> Tensor:
-        """How many elements of the gradient are infinite or NaN, int64."""
+        """How many elements of the gradient are infinite or NaN, int64.
+
+        Of a complex one, how many of its real and imaginary parts.
+        """
         return self._rows.sums[:, NONFINITE].long()
 
     @property
@@ -188,7 +213,9 @@ class Statistics:
         }
 
     def __repr__(self) -> str:
-        return f"Statistics of {len(self.names)} parameters"
+        if self._read is None:  # to read them may take all ranks
+            return "Statistics, not read yet"
+        return f"Statistics of {len(self._read.names)} parameters"
 
     def _joined(self, places: list[int], groups: list[int], names: list[str]) -> Statistics:
         """Return the sums of what has the same place."""
@@ -208,6 +235,7 @@ class Statistics:
         if self._read is None:
             self._read = _read(self._listing, self._parts, self._unscale)
             self._listing, self._parts = [], []  # which know the parameters
+            self._released, self._of_released = {}, []
         return self._read
 
 
@@ -242,7 +270,8 @@ def _read(listing: Listing, parts: list[Part], unscale: float | Tensor) -> _Rows
     places: dict[int, list[tuple[int, int, str]]] = {}
     count = 0
     for number, (params, given) in enumerate(listing):
-        names = given or [f"group{number}.param{i}" for i in range(len(params))]
+        names = given if given is not None and len(given) == len(params) else None
+        names = names or [f"group{number}.param{i}" for i in range(len(params))]
         for p, name in zip(params, names, strict=True):
             places.setdefault(id(p), []).append((count, number, name))
             count += 1

@@ -59,7 +59,8 @@ class LogsStatistics:
     """A mixin ahead of LightningModule that logs statistics of steps (``track_statistics``).
 
     They go to the Trainer's loggers, each as ``statistics/`` and a name, at the Trainer's
-    ``global_step``. A step that has none, and an optimizer that is not of fusedopt, log nothing.
+    ``global_step``; with several fused optimizers, as ``statistics/0/`` and so on. A step that has
+    none, and an optimizer that is not of fusedopt, log nothing.
 
     Write ``class Model(LogsStatistics, LightningModule)``.
     """
@@ -72,11 +73,12 @@ class LogsStatistics:
         super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]  # of LightningModule
         all_fused = filter(None, map(fused_inside, self.trainer.optimizers))
         found = tuple(fused.statistics for fused in all_fused)
-        for statistics in found:
+        for number, statistics in enumerate(found):
             if statistics is not None and all(
                 statistics is not old for old in self._seen_statistics
             ):
-                numbers = statistics.to_dict("statistics/")
+                prefix = f"statistics/{number}/" if len(found) > 1 else "statistics/"
+                numbers = statistics.to_dict(prefix)
                 for logger in self.trainer.loggers:
                     logger.log_metrics(numbers, step=self.trainer.global_step)
         self._seen_statistics = found
