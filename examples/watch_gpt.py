@@ -53,7 +53,7 @@ def train(steps: int, title: str, *, dead: bool = False, **options: Any) -> Watc
     torch.manual_seed(0)
     model = GPT()
     if dead:
-        torch.nn.init.constant_(model.blocks[1].up.bias, -20.0)  # type: ignore[arg-type,union-attr]
+        torch.nn.init.constant_(model.blocks[1].up.bias, -20.0)  # type: ignore[arg-type,union-attr]  # a Block
     model.to(torch.bfloat16)
     optimizer = fusedopt.AdamW(
         groups_of(model), **RECIPE, max_grad_norm=CLIP, track_statistics=EVERY, **options

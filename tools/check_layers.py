@@ -46,6 +46,7 @@ PYTHON: Floors = (
     ("_masters",),
     ("_batches", "_engine", "_exchanged", "_options", "_ranks", "_stored"),
     ("statistics",),
+    ("_found",),
     (
         "_codecs",
         "_core",

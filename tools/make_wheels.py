@@ -86,6 +86,11 @@ def needed(module: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", tool("readelf", "-d", module))
 
 
+def unwanted(module: Path) -> list[str]:
+    """Return the libraries that a module is linked with, and should not be."""
+    return [x for x in needed(module) if not MAY_NEED.match(x) and not OLDER_LIBRARIES.match(x)]
+
+
 def faults(wheel: Path) -> list[str]:
     """Return what is wrong with what the wheel holds and is linked with."""
     with zipfile.ZipFile(wheel) as archive:
@@ -95,9 +100,7 @@ def faults(wheel: Path) -> list[str]:
     found = [f"{x} is in the wheel" for x in libraries if x not in modules]
     if len(modules) != 1:
         found.append(f"it has {len(modules)} modules")
-    for name in {name for file in files for name in needed(file)}:
-        if not MAY_NEED.match(name) and not OLDER_LIBRARIES.match(name):
-            found.append(f"the module needs {name}")
+    found += [f"the module needs {name}" for file in files for name in unwanted(file)]
     return found
 
 

@@ -35,7 +35,7 @@ class Engine {
   //   fallback([(group index, parameter), ...], factor) steps parameters without a kernel, with
   //     their gradients times factor;
   //   outside(gradients) returns the sum of squares of gradients that need Python for it;
-  //   watched, None or a fusedopt.statistics.Part, gets a row of statistics for each parameter
+  //   watched, None or a fusedopt._found.Part, gets a row of statistics for each parameter
   //     that a kernel has stepped.
   // Everything is validated before anything changes. The norm is NaN unless `scaling` needs it.
   py::tuple step(const py::object& optimizer, KnownGroups* known, const py::sequence& groups,

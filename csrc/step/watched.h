@@ -11,7 +11,7 @@ namespace fusedopt {
 
 class Watched {
  public:
-  // `part`: a fusedopt.statistics.Part, or None if nobody asks; both outlive this.
+  // `part`: a fusedopt._found.Part, or None if nobody asks; both outlive this.
   Watched(const py::object& part, const std::deque<Group>& groups) : part_(part) {
     if (part_.is_none()) return;
     Py_ssize_t row = 0;

@@ -15,11 +15,12 @@ from torch import Tensor
 from fusedopt._clipping import Clips
 from fusedopt._engine import Scaling
 from fusedopt._fallback import FallsBack
+from fusedopt._found import GRAD, NONFINITE, PARAM, UNMOVED, UPDATE, Part
 from fusedopt._gradients import gradient_of
 from fusedopt._norms import sum_of_squares
 from fusedopt._shards import local
 from fusedopt._stored import HALVES
-from fusedopt.statistics import GRAD, NONFINITE, PARAM, UNMOVED, UPDATE, Part, Statistics
+from fusedopt.statistics import Statistics
 
 
 class Watches(Clips, FallsBack):

@@ -50,8 +50,8 @@ def watched_shards() -> dict[str, Any]:
                 generator = torch.Generator().manual_seed(step)
                 x = torch.randn(8, 7, generator=generator, dtype=torch.float64).to(dtype)
                 optimizer.zero_grad()
-                loss_of(model, x).backward()  # type: ignore[no-untyped-call]
-                gradients = [p.grad.full_tensor().double() for p in model.parameters()]  # type: ignore[union-attr]
+                loss_of(model, x).backward()  # type: ignore[no-untyped-call]  # of torch
+                gradients = [p.grad.full_tensor().double() for p in model.parameters()]  # type: ignore[union-attr]  # all have one
                 before = whole_numbers(model)
                 optimizer.step()
                 after = whole_numbers(model)
@@ -148,7 +148,7 @@ def test_a_lightning_module_logs_them(tmp_path: Path) -> None:
             if any(name.startswith("statistics/") for name in metrics):
                 logged.append((step or 0, metrics))
 
-    class Model(LogsStatistics, LightningModule):  # type: ignore[misc]
+    class Model(LogsStatistics, LightningModule):  # type: ignore[misc]  # nor lightning's
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 1)
