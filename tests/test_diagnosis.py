@@ -29,7 +29,10 @@ def test_report() -> None:
     assert facts["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     best = fusedopt.isas()[0]
     assert facts["isa"] == f"{best}, of {', '.join(fusedopt.isas())}; FUSEDOPT_ISA not set"
-    assert facts["ahead"] == f"{_core.ahead} bytes in long arrays; FUSEDOPT_AHEAD not set"
+    two, more = _core.ahead
+    assert facts["ahead"] == (
+        f"{two} bytes in two long arrays, {more} in more of them; FUSEDOPT_AHEAD not set"
+    )
     assert facts["threads"].endswith("OMP_NUM_THREADS not set")
     no_kernels = "no kernels in this build: torch steps parameters on cuda"
     assert facts["cuda"].startswith(_core.cuda_archs or no_kernels)

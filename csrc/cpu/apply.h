@@ -21,6 +21,13 @@ FUSEDOPT_FN void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
+template <class Rule>
+constexpr int arrays_of() {
+  int arrays = 0;
+  for (int s = 0; s < kFirstState + Rule::kStates; ++s) arrays += touches<Rule>(s);
+  return arrays;
+}
+
 // kAhead: ask for memory ahead; otherwise, all is in cache. kAdds: add what changes to `to`.
 template <class V, bool kAhead, bool kAdds = false, class T, class Stored, class Rule>
 FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, int64_t n,
@@ -51,7 +58,8 @@ FUSEDOPT_FN void apply(const Rule& given, T grad_scale, Stored* const* streams, 
   // Where the line of memory ahead is, is found once. With each vector it is asked for: only once,
   // a step out of cache took 3 to 5 % longer.
   const int64_t distance =
-      kAhead ? bytes_ahead(n * int64_t{sizeof(Stored)}) / int64_t{sizeof(Stored)} : 0;
+      kAhead ? bytes_ahead(arrays_of<Rule>(), n * int64_t{sizeof(Stored)}) / int64_t{sizeof(Stored)}
+             : 0;
   constexpr int kVectors = kAhead ? 64 / (V::kLanes * static_cast<int>(sizeof(Stored))) : 1;
   constexpr int kLine = kVectors * V::kLanes;
   const auto step_line_at = [&](int64_t i, auto add) __attribute__((always_inline)) {

@@ -41,7 +41,7 @@ struct Mixture {
     for (int s = 0; s < kStreams; ++s) own[s] = streams[s];
     const int64_t offset = origin.first;
     // As many elements of each, so that all come to their ends together, and go on at `next`.
-    const int64_t distance = bytes_ahead(count * 2) / 2;
+    const int64_t distance = bytes_ahead(kStreams, count * 2) / 2;
     uintptr_t there[kStreams + 1];
     for (int s = 0; s <= kStreams; ++s) {
       const char* const array = s == kStreams ? own[kParam].second : own[s].data;

@@ -25,7 +25,7 @@ def report() -> str:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "compiler": f"{_core.compiler}, {'with' if _core.openmp else 'without'} OpenMP",
         "isa": _isa(),
-        "ahead": f"{_core.ahead} bytes in long arrays; {_in('FUSEDOPT_AHEAD')}",
+        "ahead": f"{_ahead(*_core.ahead)}; {_in('FUSEDOPT_AHEAD')}",
         "threads": _threads(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), _cores()),
         "openmp": _openmp(),
         "gather": "fast, by torch's C ABI" if engine.fast_gather else "slow, by attributes",
@@ -38,6 +38,10 @@ def report() -> str:
 
 def _isa() -> str:
     return f"{engine.isa}, of {', '.join(fusedopt.isas())}; {_in('FUSEDOPT_ISA')}"
+
+
+def _ahead(in_two: int, in_more: int) -> str:
+    return f"{in_two} bytes in two long arrays, {in_more} in more of them"
 
 
 def _in(variable: str) -> str:

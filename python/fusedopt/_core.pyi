@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-ahead: int
+ahead: tuple[int, int]
 compiler: str
 cuda_archs: str
 emulated_device: bool
