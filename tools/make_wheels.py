@@ -30,6 +30,9 @@ NAMES = [f"python3.{minor}" for minor in range(10, 15)] + ["python3.14t"]
 # have threads of its own.
 MAY_NEED = re.compile(r"lib(gomp\.so\.1|stdc\+\+\.so\.6|gcc_s\.so\.1|[cm]\.so\.6)$|ld-linux")
 OLDER_LIBRARIES = re.compile(r"lib(dl\.so\.2|pthread\.so\.0|rt\.so\.1)$")  # of glibc before 2.34
+# The time of all files in a wheel: the first that a zip can hold. Otherwise auditwheel writes the
+# time at which it runs, and no two wheels are the same.
+TIME = "315532800"
 
 
 def tool(*command: str | Path) -> str:
@@ -37,7 +40,7 @@ def tool(*command: str | Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = shutil.which(command[0], path=path) or str(command[0])
     arguments = [found, *map(str, command[1:])]
-    environment = {**os.environ, "PATH": path}
+    environment = {"SOURCE_DATE_EPOCH": TIME, **os.environ, "PATH": path}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}:\n{done.stdout}{done.stderr}")

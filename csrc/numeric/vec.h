@@ -94,7 +94,7 @@ inline Vec<double> load_as_double(const BFloat16* from) {
 // Torch's maximum: a NaN in either argument is the result.
 template <class T>
 Vec<T> max(Vec<T> a, Vec<T> b) {
-  return {(a.lanes > b.lanes) | (a.lanes != a.lanes) ? a.lanes : b.lanes};
+  return {((a.lanes > b.lanes) | (a.lanes != a.lanes)) ? a.lanes : b.lanes};
 }
 
 // Torch's sign: 0 for zeros of either sign and for NaN.

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.wheels.helpers import ROOT, STEP, environment, pip, run, show_torch
+from tools import make_wheels
 
+CONSTRAINTS = ["--build-constraint", str(ROOT / "constraints.txt")]
 SMALL = ["-C", "cmake.define.FUSEDOPT_ISAS=generic", "-C", "cmake.define.FUSEDOPT_CUDA=OFF"]
 # Options of pip, variables, and what the diagnosis says of the compiler.
 WAYS: dict[str, tuple[list[str], dict[str, str], str]] = {
@@ -46,7 +48,7 @@ def test_it_builds(way: str, sources: Path, tmp_path: Path) -> None:
     if shutil.which(variables.get("CXX", "c++")) is None:
         pytest.skip(f"needs {variables['CXX']}")
     python = environment(tmp_path / "a venv")
-    install = ["install", "--no-deps", "--build-constraint", str(ROOT / "constraints.txt")]
+    install = ["install", "--no-deps", *CONSTRAINTS]
     build = ["-C", f"build-dir=build/{way}"]  # without the compiler of another way
     pip(python, *install, *SMALL, *build, *options, sources, cwd=tmp_path, **variables)
     show_torch(python)
@@ -63,3 +65,19 @@ def test_it_builds_with_uv(sources: Path, tmp_path: Path) -> None:
     run(uv, "pip", "install", "--python", python, "--no-deps", *SMALL, sources, cwd=tmp_path)
     show_torch(python)
     run(python, "-c", STEP, python.parent.parent, cwd=tmp_path)
+
+
+def test_two_folders_and_two_times_give_the_same_wheel(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_wheels, "RAW", tmp_path / "repaired")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(sources, moved, ignore=shutil.ignore_patterns("build"))
+    wheel = ["wheel", "--no-deps", *CONSTRAINTS, *SMALL, "-C", "build-dir=build/gcc"]
+    python = Path(sys.executable)
+    made: list[bytes] = []
+    for place in (sources, moved):
+        raw = tmp_path / f"raw {len(made)}"
+        pip(python, *wheel, "--wheel-dir", raw, place, cwd=tmp_path, CXX="g++")
+        made.append(make_wheels.repair(next(raw.glob("*.whl")), "auto").read_bytes())
+    assert made[0] == made[1]
