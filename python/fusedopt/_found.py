@@ -24,6 +24,13 @@ def listing_of(groups: list[dict[str, Any]]) -> Listing:
     return [(list(group["params"]), group.get("param_names")) for group in groups]
 
 
+def _numel_of(params: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(Tensor.numel, params))  # which takes less time than to ask for gradients
+    except ValueError:  # of a lazy parameter, which has no size yet, and no gradient
+        return [0 if p.grad is None else p.numel() for p in params]
+
+
 class Part:
     """Statistics of one call into the engine: a row for each parameter that is listed.
 
@@ -32,11 +39,8 @@ class Part:
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.groups = listing_of(groups)
-        # As they are now: p.data may be of another size when this is read. Of those that are
-        # stepped: a lazy parameter, which has no gradient, has no size either.
-        self.numel = [
-            0 if p.grad is None else p.numel() for params, _ in self.groups for p in params
-        ]
+        # As they are now: p.data may be of another size when this is read.
+        self.numel = [n for params, _ in self.groups for n in _numel_of(params)]
         self.tables: dict[torch.device, Tensor] = {}
         self._rows: dict[tuple[int, int], list[int]] | None = None
 
