@@ -54,6 +54,12 @@ def test_one_of_each_is_enough() -> None:
     for wrapped in (fusedopt.EMA(inner), fusedopt.Lookahead(fusedopt.EMA(inner))):
         with pytest.raises(TypeError, match=r"EMA wraps another optimizer, got .*, which has"):
             fusedopt.EMA(wrapped)
+
+    class Other(fusedopt.EMA):
+        """Whose averages would be under the same key."""
+
+    with pytest.raises(TypeError, match=r"Other wraps another optimizer, got EMA, which has"):
+        Other(fusedopt.EMA(inner))
     with pytest.raises(TypeError, match="EMA wraps another optimizer, got list"):
         fusedopt.EMA(parameters())  # type: ignore[arg-type]
 
@@ -72,6 +78,12 @@ def test_bad_arguments(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match="Invalid") as raised:
         fusedopt.EMA(fusedopt.SGD(parameters(), lr=0.1), **arguments)
     assert str(raised.value) == message
+    optimizer = fusedopt.EMA(fusedopt.SGD(parameters(), lr=0.1), 0.5, every=3)
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match="Invalid") as raised:
+        setattr(optimizer, name, value)
+    assert str(raised.value) == message
+    assert (optimizer.decay, optimizer.every) == (0.5, 3)
 
 
 def test_an_average_that_does_not_fit_is_an_error_that_changes_nothing() -> None:

@@ -361,6 +361,12 @@ def test_bad_arguments(arguments: Any, error: type[Exception], message: str) -> 
     with pytest.raises(error) as raised:
         fusedopt.Lookahead(fusedopt.SGD(parameters(), lr=0.1), **arguments)
     assert str(raised.value) == message
+    optimizer = fusedopt.Lookahead(fusedopt.SGD(parameters(), lr=0.1), k=3, alpha=0.25)
+    ((name, value),) = arguments.items()
+    with pytest.raises(error) as raised:
+        setattr(optimizer, name, value)
+    assert str(raised.value) == message
+    assert (optimizer.k, optimizer.alpha) == (3, 0.25)
 
 
 def test_it_wraps_optimizers_alone() -> None:

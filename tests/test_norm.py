@@ -240,6 +240,30 @@ def test_error_if_nonfinite(order: float, bad: float) -> None:
     assert p[0] == torch.tensor(1.0) - torch.tensor(1.0) * 0.1
 
 
+def test_groups_are_clipped_each_by_its_own_norm() -> None:
+    """In place, as torch does it, or by an optimizer each: what docs/choosing.md says of them."""
+    limits = (0.5, 0.1)
+    ours, theirs, split = (parameters() for _ in range(3))
+    groups = [{"params": ours[:2]}, {"params": ours[2:]}]
+    optimizer, expected = fusedopt.SGD(groups, lr=0.1), torch.optim.SGD(theirs, lr=0.1)
+    each = [
+        fusedopt.SGD(some, lr=0.1, max_grad_norm=limit)
+        for some, limit in zip((split[:2], split[2:]), limits, strict=True)
+    ]
+    for step in range(3):
+        for some in (ours, theirs, split):
+            set_gradients(some, step)
+        for group, limit in zip(optimizer.param_groups, limits, strict=True):
+            fusedopt.clip_grad_norm_(group["params"], limit)
+        for some, limit in zip((theirs[:2], theirs[2:]), limits, strict=True):
+            clip_grad_norm_(some, limit)
+        for one in (optimizer, expected, *each):
+            one.step()
+    for p, q, r in zip(ours, theirs, split, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(r, q, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [-1.0, math.nan])
 def test_a_negative_norm_is_an_error(bad: float) -> None:
     params = parameters([(3,)])
@@ -258,7 +282,7 @@ def test_a_negative_norm_is_an_error(bad: float) -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         fusedopt.Adam(params, max_grad_norm=bad)
     assert str(raised.value) == message.format("max_grad_norm")
-    optimizer.max_grad_norm = bad
     with pytest.raises(ValueError, match="Invalid max_grad_norm"):
-        optimizer.step()
+        optimizer.max_grad_norm = bad
+    assert optimizer.max_grad_norm is None
     assert not optimizer.state

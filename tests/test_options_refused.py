@@ -152,6 +152,40 @@ def test_options_may_be_set_through_a_wrapper_of_the_same_class(name: str) -> No
     assert (wrapper.grad_norm is not None) == asks_for_norm
 
 
+WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    ("max_grad_norm", -1.0, ValueError, "-1.0, expected 0 or more"),
+    ("max_grad_norm", "much", TypeError, "'much', expected a number, 0 or more"),
+    ("max_grad_norm", [1.0], TypeError, "[1.0], expected a number, 0 or more"),
+    ("skip_spikes", 6, ValueError, "6, expected False, True, or a fusedopt.Spikes"),
+    ("state_dtype", "fp8", ValueError, "'fp8', expected None, torch.float32"),
+    ("seed", -1, ValueError, "-1, expected an integer from 0 to"),
+    ("track_statistics", "nonsense", ValueError, "'nonsense', expected a bool, or an integer n"),
+    ("track_statistics", -1, ValueError, "-1, expected a bool, or an integer n"),
+    ("ns_dtype", torch.int8, ValueError, "torch.int8, expected None, torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "expected"), WRONG)
+def test_a_wrong_option_is_refused_by_the_constructor_and_as_an_attribute(
+    name: str, value: Any, error: type[Exception], expected: str
+) -> None:
+    params = parameters([(3, 4)], torch.float32)
+    message = rf"^Invalid {name}(?: value)?: {re.escape(expected)}"
+    with pytest.raises(error, match=message):
+        fusedopt.Muon(params, **{name: value})
+    optimizer = fusedopt.Muon(params, max_grad_norm=0.5, track_statistics=2, seed=3)
+    for each in (optimizer, fusedopt.EMA(optimizer)):
+        with pytest.raises(error, match=message):
+            setattr(each, name, value)
+    assert options_of(optimizer) == {
+        **DEFAULTS,
+        "max_grad_norm": 0.5,
+        "track_statistics": 2,
+        "seed": 3,
+    }
+    assert optimizer.ns_dtype is None
+
+
 # ---- copies and pickles --------------------------------------------------------------------------
 
 

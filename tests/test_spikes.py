@@ -366,8 +366,6 @@ def test_bad_arguments_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=message):
         fusedopt.SGD.from_torch(torch.optim.SGD([p], lr=0.1), skip_spikes=value)
     optimizer = fusedopt.SGD([p], lr=0.1)
-    optimizer.skip_spikes = value
-    p.grad = torch.ones(3)
     with pytest.raises(ValueError, match=message):
-        optimizer.step()
-    assert bool((p == 1).all())
+        optimizer.skip_spikes = value
+    assert optimizer.skip_spikes is False

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import Linear, Parameter, Sequential
+from torch.nn import Linear, Parameter, Sequential, UninitializedParameter
 
 import fusedopt
 from tests.helpers import each_dtype, each_optimizer, parameters, set_gradients, values
@@ -32,11 +32,13 @@ def test_a_skipped_step_has_those_of_its_gradients(config: Config) -> None:
     for step in range(3):
         set_gradients(params, step)
         if step != 1:
-            params[1].grad[3, 5] = math.inf  # type: ignore[index]
+            assert params[1].grad is not None
+            params[1].grad[3, 5] = math.inf
         optimizer.step()
         statistics = optimizer.statistics
         assert statistics.nonfinite.tolist() == [0, int(step != 1), 0]
-        torch.testing.assert_close(statistics.grad_norm[0], params[0].grad.double().norm())  # type: ignore[union-attr]
+        assert params[0].grad is not None
+        torch.testing.assert_close(statistics.grad_norm[0], params[0].grad.double().norm())
         torch.testing.assert_close(statistics.param_norm[1], params[1].detach().double().norm())
         if step != 1:
             assert statistics.update_norm.tolist() == [0, 0, 0]
@@ -55,7 +57,8 @@ def test_so_has_one_that_a_scaler_skips() -> None:
     statistics = optimizer.statistics
     assert statistics is not None
     assert statistics.update_norm.tolist() == [0, 0]
-    torch.testing.assert_close(statistics.grad_norm[0], params[0].grad.double().norm())  # type: ignore[union-attr]
+    assert params[0].grad is not None
+    torch.testing.assert_close(statistics.grad_norm[0], params[0].grad.double().norm())
 
 
 def test_gradients_are_unscaled_and_before_clipping() -> None:
@@ -249,6 +252,20 @@ def test_lists_that_change_before_they_are_read() -> None:
         change(optimizer.param_groups[0]["params"])
         assert statistics.numel.tolist() == [3, 4]
         assert statistics.names == ["a", "b"]
+
+
+def test_a_parameter_of_another_size_before_they_are_read() -> None:
+    """And a lazy one beside it, which has no size."""
+    p = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = fusedopt.SGD([p, UninitializedParameter()], lr=0.1, track_statistics=True)
+    p.grad = torch.zeros(3, dtype=torch.bfloat16)
+    optimizer.step()
+    statistics = optimizer.statistics
+    assert statistics is not None
+    p.data = torch.ones(2, 5, dtype=torch.bfloat16)
+    assert statistics.numel.tolist() == [3]
+    assert statistics.unmoved_share.tolist() == [1.0]
+    assert statistics.total().numel.tolist() == [3]
 
 
 def released() -> tuple[Sequential, fusedopt.AdamW, fusedopt.GradientRelease]:

@@ -44,7 +44,8 @@ PYTHON: Floors = (
     ("_momentum", "_pending", "_skipping", "clip"),
     ("_exchange", "_gradients", "_norms", "_storage"),
     ("_masters",),
-    ("_batches", "_engine", "_exchanged", "_options", "_ranks", "_stored"),
+    ("_options",),
+    ("_batches", "_engine", "_exchanged", "_ranks", "_stored"),
     ("statistics",),
     ("_found",),
     (

@@ -15,9 +15,9 @@ from torch.optim.optimizer import ParamsT
 from fusedopt import _core, _engine, _norms, _operators, _ranks
 from fusedopt._clipping import NOTHING
 from fusedopt._engine import Group, Rule, Scaling, number, on_device
-from fusedopt._from_torch import FromTorch, check_options
+from fusedopt._from_torch import FromTorch
 from fusedopt._hooked import Hooked
-from fusedopt._options import OPTIONS, StateDType, refuse_groups_of_another
+from fusedopt._options import OPTIONS, StateDType, check_options, refuse_groups_of_another
 from fusedopt._spikes import Spikes, remember
 from fusedopt._stored import have_no_sign
 from fusedopt._verdict import decide
@@ -64,9 +64,10 @@ class Fused(Watches, Hooked, FromTorch):
         **kwargs: the torch class's.
 
     Raises:
-        ValueError: max_grad_norm is negative or NaN, skip_spikes or state_dtype none of these, or
-            track_statistics negative; or a param group has one of these options, or was made for
-            another optimizer that has them.
+        TypeError: max_grad_norm is no number.
+        ValueError: it is negative or NaN, skip_spikes, state_dtype or seed none of these, or
+            track_statistics negative: here, and where one is set as an attribute; or a param group
+            has one of these options, or was made for another optimizer that has them.
         RuntimeError: ZeroRedundancyOptimizer is to clip or skip by a part of the gradients.
     """
 

@@ -51,7 +51,7 @@ class Clips(Skips):
             Scaling,
             unscale=1.0 if scale is None else _inverse(scale),
             coefficient=pending.coefficient,
-            max_norm=None if norm is None else clip.valid_max_norm(norm, "max_grad_norm"),
+            max_norm=None if norm is None else _engine.valid_max_norm(norm, "max_grad_norm"),
             skip_nonfinite=skips or self._scaler_asks,
             skip=self._unknown_skip(pending),
             spikes=watch,
@@ -180,7 +180,7 @@ class Clips(Skips):
         itself = self._itself()
         itself._refuse_if_released()
         itself._refuse_if_split()
-        max_norm = clip.valid_max_norm(max_norm)
+        max_norm = _engine.valid_max_norm(max_norm)
         norm_type = float(norm_type)
         gradients = itself._gradients()
         before = itself._still_pending(gradients, clips_again=True)
@@ -212,7 +212,7 @@ class Clips(Skips):
         itself._refuse_if_released()
         whole = getattr(total_norm, "full_tensor", None)  # of a DTensor
         norm = _engine.number_or_device(whole() if whole else total_norm)
-        max_norm = clip.valid_max_norm(max_norm)
+        max_norm = _engine.valid_max_norm(max_norm)
         gradients = itself._gradients()
         before = itself._still_pending(gradients, clips_again=True)
         itself._clip_by(max_norm, norm, gradients, before)

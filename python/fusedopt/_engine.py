@@ -50,6 +50,24 @@ def number_or_device(x: float | Tensor) -> float | Tensor:
     return x.detach().double() if isinstance(x, Tensor) and on_device(x) else number(x)
 
 
+def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
+    """Return max_norm as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or NaN.
+    """
+    try:
+        value = number(max_norm)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Invalid {name} value: {max_norm!r}, expected a number, 0 or more; inf clips nothing"
+        ) from None
+    if not value >= 0:
+        raise ValueError(f"Invalid {name} value: {value}, expected 0 or more; inf clips nothing")
+    return value
+
+
 class Rule(NamedTuple):
     """Which kernel steps a param group, and which state it keeps for each parameter."""
 

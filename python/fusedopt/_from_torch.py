@@ -6,26 +6,10 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
-from fusedopt import clip
-from fusedopt._options import OPTIONS
-from fusedopt._spikes import asked
+from fusedopt._options import OPTIONS, check_options
 from fusedopt._storage import Stores
-from fusedopt._stored import check_seed, check_state_dtype
 
 T = TypeVar("T", bound="FromTorch")
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that is out of its range."""
-    if options.get("max_grad_norm") is not None:
-        clip.valid_max_norm(options["max_grad_norm"], "max_grad_norm")
-    asked(options.get("skip_spikes", False))
-    if not callable(options.get("state_dtype")):
-        check_state_dtype(options.get("state_dtype"))
-    check_seed(options.get("seed", 0))
-    every = options.get("track_statistics", False)
-    if not isinstance(every, int) or every < 0:
-        raise ValueError(f"Invalid track_statistics: {every!r}, expected a bool, or an integer n")
 
 
 class FromTorch(Stores):

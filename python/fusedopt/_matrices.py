@@ -42,10 +42,18 @@ _SHAPE = "rows and columns"  # key of a group while its matrices move
 _PRECISIONS = (None, torch.float32, torch.bfloat16, torch.float64)
 
 
+def _check_ns_dtype(value: Any) -> None:
+    if value not in _PRECISIONS:
+        raise ValueError(
+            f"Invalid ns_dtype: {value!r}, expected None, torch.float32, torch.bfloat16 or "
+            "torch.float64"
+        )
+
+
 class StepsMatrices(Fused):
     """What the optimizers share that make updates orthogonal."""
 
-    ns_dtype = Option[torch.dtype | None](None)
+    ns_dtype = Option[torch.dtype | None](None, _check_ns_dtype)
 
     _without_kernel = "its rule in torch's operators"
     _left: frozenset[Tensor] = frozenset()  # of this step: what the engine has left to those
@@ -53,14 +61,6 @@ class StepsMatrices(Fused):
     def _steps_matrices_of(self, group: dict[str, Any]) -> bool:
         """Return whether the parameters of a group are matrices to be made orthogonal."""
         raise NotImplementedError
-
-    def _set_ns_dtype(self, ns_dtype: torch.dtype | None) -> None:
-        if ns_dtype not in _PRECISIONS:
-            raise ValueError(
-                f"Invalid ns_dtype: {ns_dtype!r}, expected None, torch.float32, torch.bfloat16 or "
-                "torch.float64"
-            )
-        self.ns_dtype = ns_dtype
 
     def _precision(self, p: Tensor) -> torch.dtype:
         """Return in which the matrices of p are made orthogonal."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedopt._spikes import Spikes
+from fusedopt._engine import valid_max_norm
+from fusedopt._spikes import Spikes, asked
+from fusedopt._stored import check_seed, check_state_dtype
 
 T = TypeVar("T")
 
@@ -29,8 +31,14 @@ class Option(Generic[T]):
     class and passes on attributes, as Lightning's does, has that of the optimizer inside.
     """
 
-    def __init__(self, default: T) -> None:
+    def __init__(self, default: T, check: Callable[[Any], object] | None = None) -> None:
         self.default = default
+        self._check = check
+
+    def check(self, value: Any) -> None:
+        """Raise an error for what this cannot be: of the constructor, and where it is set."""
+        if self._check is not None:
+            self._check(value)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -47,11 +55,27 @@ class Option(Generic[T]):
         return value
 
     def __set__(self, optimizer: Optimizer, value: T) -> None:
+        self.check(value)
         if value == self.default:
             optimizer.defaults.pop(self.name, None)
         else:
             optimizer.defaults[self.name] = value
             _with_options[id(optimizer)] = optimizer
+
+
+def _check_max_grad_norm(value: Any) -> None:
+    if value is not None:
+        valid_max_norm(value, "max_grad_norm")
+
+
+def _check_state_dtype(value: Any) -> None:
+    if not callable(value):  # whose answers are looked at as they come
+        check_state_dtype(value)
+
+
+def _check_track_statistics(value: Any) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"Invalid track_statistics: {value!r}, expected a bool, or an integer n")
 
 
 class HasOptions(Optimizer):
@@ -61,15 +85,15 @@ class HasOptions(Optimizer):
     checkpoints fail on keys they do not know.
     """
 
-    max_grad_norm = Option[float | None](None)
+    max_grad_norm = Option[float | None](None, _check_max_grad_norm)
     skip_nonfinite = Option[bool](False)
-    skip_spikes = Option[bool | Spikes](False)
+    skip_spikes = Option[bool | Spikes](False, asked)
     amp_scaling = Option[bool](False)
-    state_dtype = Option[StateDType](None)
+    state_dtype = Option[StateDType](None, _check_state_dtype)
     master_weights = Option[bool](False)
     stochastic_rounding = Option[bool](False)
-    seed = Option[int](0)
-    track_statistics = Option[bool | int](False)
+    seed = Option[int](0, check_seed)
+    track_statistics = Option[bool | int](False, _check_track_statistics)
 
     _asked: dict[str, Any] | None = None  # options, while the constructor makes the groups
 
@@ -109,6 +133,12 @@ class HasOptions(Optimizer):
 OPTIONS = {name: value for name, value in vars(HasOptions).items() if isinstance(value, Option)}
 
 _NAMES = frozenset(OPTIONS)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for an option that is out of its range."""
+    for name, value in options.items():
+        OPTIONS[name].check(value)
 
 
 def refuse_groups_of_another(params: Any, options: dict[str, Any]) -> None:

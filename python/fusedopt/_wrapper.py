@@ -37,12 +37,17 @@ class Wrapper(Hooked):
     @classmethod
     def _check_wrapped(cls, optimizer: object) -> None:
         """Raise TypeError for what this cannot be around."""
-        inner = [type(each) for each in layers(optimizer)]
-        if not isinstance(optimizer, Optimizer) or cls in inner:
+        keys = [each.kind.state for each in layers(optimizer) if isinstance(each, Wrapper)]
+        has_one = cls.kind.state in keys
+        if not isinstance(optimizer, Optimizer) or has_one:
             raise TypeError(
                 f"{cls.__name__} wraps another optimizer, got {type(optimizer).__name__}"
-                + (f", which has weights of its own in {cls.kind.state!r}" if cls in inner else "")
+                + (f", which has weights of its own in {cls.kind.state!r}" if has_one else "")
             )
+
+    @staticmethod
+    def _check_setting(name: str, value: Any) -> None:
+        """Raise ValueError for a setting that is out of its range."""
 
     # ---- what moves --------------------------------------------------------------------------
 
@@ -76,6 +81,8 @@ class Wrapper(Hooked):
         return getattr(self.optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings:
+            self._check_setting(name, value)
         if name in self._own or name.startswith("_"):
             object.__setattr__(self, name, value)
         else:

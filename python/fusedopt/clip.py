@@ -80,18 +80,6 @@ def coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
 # ---- arguments, and the functions of torch.nn.utils ----------------------------------------------
 
 
-def valid_max_norm(max_norm: float | Tensor, name: str = "max_norm") -> float:
-    """Return max_norm as a float.
-
-    Raises:
-        ValueError: it is negative or NaN.
-    """
-    value = _engine.number(max_norm)
-    if not value >= 0:
-        raise ValueError(f"Invalid {name} value: {value}, expected 0 or more; inf clips nothing")
-    return value
-
-
 def check_finite(norm: Tensor, norm_type: float, wide: float | Tensor = math.inf) -> None:
     """Raise torch's RuntimeError for a norm that is infinite or NaN in the dtype that it has.
 
@@ -194,7 +182,7 @@ def clip_grad_norm_(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    max_norm = valid_max_norm(max_norm)
+    max_norm = _engine.valid_max_norm(max_norm)
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
     waits = not (_operators.must_be_seen(grads) or any(_engine.on_device(grad) for grad in grads))

@@ -91,16 +91,19 @@ class EMA(Wrapper):
         params: Chosen | None = None,
     ) -> None:
         self._check_wrapped(optimizer)
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"Invalid decay value: {decay}, expected one in [0, 1]")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"Invalid every value: {every}, expected an integer, 1 or more")
         self.decay = decay
         self.warmup = warmup
         self.every = every
         self._chosen = params if params is None or callable(params) else frozenset(params)
         self._loaded = {}
         super().__init__(optimizer)
+
+    @staticmethod
+    def _check_setting(name: str, value: Any) -> None:
+        if name == "decay" and not 0.0 <= value <= 1.0:
+            raise ValueError(f"Invalid decay value: {value}, expected one in [0, 1]")
+        if name == "every" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"Invalid every value: {value}, expected an integer, 1 or more")
 
     def __getstate__(self) -> dict[str, Any]:
         if self._inside:

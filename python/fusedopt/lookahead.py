@@ -53,13 +53,16 @@ class Lookahead(Wrapper):
 
     def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
         self._check_wrapped(optimizer)
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"Invalid k value: {k}, expected an integer, 1 or more")
-        if not 0.0 < alpha <= 1.0:
-            raise ValueError(f"Invalid alpha value: {alpha}, expected one in (0, 1]")
         self.k = k
         self.alpha = alpha
         super().__init__(optimizer)
+
+    @staticmethod
+    def _check_setting(name: str, value: Any) -> None:
+        if name == "k" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"Invalid k value: {value}, expected an integer, 1 or more")
+        if name == "alpha" and not 0.0 < value <= 1.0:
+            raise ValueError(f"Invalid alpha value: {value}, expected one in (0, 1]")
 
     def count(self, skipped: bool | Tensor) -> None:
         """Count a step that the wrapped optimizer has made, unless it was skipped."""

@@ -128,7 +128,7 @@ class Muon(StepsMatrices, _AnyMatrices):
             seed=seed,
             track_statistics=track_statistics,
         )
-        self._set_ns_dtype(ns_dtype)
+        self.ns_dtype = ns_dtype
 
     def _steps_matrices_of(self, group: dict[str, Any]) -> bool:
         return True

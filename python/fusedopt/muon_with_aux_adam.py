@@ -103,7 +103,7 @@ class MuonWithAuxAdam(StepsMatrices, Optimizer):
             seed=seed,
             track_statistics=track_statistics,
         )
-        self._set_ns_dtype(ns_dtype)
+        self.ns_dtype = ns_dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which has to say ``use_muon``.
