@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import Linear, Parameter, Sequential, UninitializedParameter
+from torch.nn import Linear, Parameter, Sequential
 
 import fusedopt
 from tests.helpers import each_dtype, each_optimizer, parameters, set_gradients, values
@@ -252,20 +252,6 @@ def test_lists_that_change_before_they_are_read() -> None:
         change(optimizer.param_groups[0]["params"])
         assert statistics.numel.tolist() == [3, 4]
         assert statistics.names == ["a", "b"]
-
-
-def test_a_parameter_of_another_size_before_they_are_read() -> None:
-    """And a lazy one beside it, which has no size."""
-    p = Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = fusedopt.SGD([p, UninitializedParameter()], lr=0.1, track_statistics=True)
-    p.grad = torch.zeros(3, dtype=torch.bfloat16)
-    optimizer.step()
-    statistics = optimizer.statistics
-    assert statistics is not None
-    p.data = torch.ones(2, 5, dtype=torch.bfloat16)
-    assert statistics.numel.tolist() == [3]
-    assert statistics.unmoved_share.tolist() == [1.0]
-    assert statistics.total().numel.tolist() == [3]
 
 
 def released() -> tuple[Sequential, fusedopt.AdamW, fusedopt.GradientRelease]:

@@ -24,13 +24,6 @@ def listing_of(groups: list[dict[str, Any]]) -> Listing:
     return [(list(group["params"]), group.get("param_names")) for group in groups]
 
 
-def _numel_of(params: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(Tensor.numel, params))  # which takes less time than to ask for gradients
-    except ValueError:  # of a lazy parameter, which has no size yet, and no gradient
-        return [0 if p.grad is None else p.numel() for p in params]
-
-
 class Part:
     """Statistics of one call into the engine: a row for each parameter that is listed.
 
@@ -39,8 +32,6 @@ class Part:
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         self.groups = listing_of(groups)
-        # As they are now: p.data may be of another size when this is read.
-        self.numel = [n for params, _ in self.groups for n in _numel_of(params)]
         self.tables: dict[torch.device, Tensor] = {}
         self._rows: dict[tuple[int, int], list[int]] | None = None
 
@@ -96,29 +87,28 @@ def read(listing: Listing, parts: list[Part], unscale: float | Tensor) -> Rows:
         for p, name in zip(params, names, strict=True):
             places.setdefault(id(p), []).append((count, number, name))
             count += 1
-    found: list[tuple[tuple[int, int, str], Tensor, int, Tensor]] = []
+    found: list[tuple[tuple[int, int, str], Tensor, Tensor]] = []
     for part in parts:
         params = [p for some, _ in part.groups for p in some]
         for table in part.tables.values():
             filled = (~table[:, NONFINITE].isnan()).tolist()
-            rows = zip(params, part.numel, table.unbind(), filled, strict=True)
-            for p, numel_of_p, row, is_filled in rows:
+            for p, row, is_filled in zip(params, table.unbind(), filled, strict=True):
                 if is_filled:  # the first place of several comes first
                     at = places[id(p)]
-                    found.append((at.pop(0) if len(at) > 1 else at[0], p, numel_of_p, row))
+                    found.append((at.pop(0) if len(at) > 1 else at[0], p, row))
     found.sort(key=lambda each: each[0][0])
-    params = [p for _, p, _, _ in found]
+    params = [p for _, p, _ in found]
     device = params[0].device if params else None
     sums = (
-        torch.stack([row.to(device) for *_, row in found])
+        torch.stack([row.to(device) for _, _, row in found])
         if found
         else torch.zeros(0, _COLUMNS, dtype=torch.float64)
     )
     _reduce(params, sums)
-    numel = torch.tensor([n for _, _, n, _ in found], dtype=torch.int64, device=device)
+    numel = torch.tensor([p.numel() for p in params], dtype=torch.int64, device=device)
     return Rows(
-        names=[name for (_, _, name), *_ in found],
-        groups=[number for (_, number, _), *_ in found],
+        names=[name for (_, _, name), _, _ in found],
+        groups=[number for (_, number, _), _, _ in found],
         numel=numel,
         counted=numel.where(~sums[:, UNMOVED].isnan(), 0),
         sums=sums,

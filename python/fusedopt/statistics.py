@@ -80,7 +80,7 @@ class Statistics:
 
     @property
     def numel(self) -> Tensor:
-        """How many elements each parameter had in the step, int64."""
+        """How many elements each parameter has, int64."""
         return self._rows.numel
 
     @property
