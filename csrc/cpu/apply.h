@@ -21,6 +21,7 @@ FUSEDOPT_FN void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
+// How many arrays an update walks through.
 template <class Rule>
 constexpr int arrays_of() {
   int arrays = 0;

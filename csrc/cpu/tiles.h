@@ -113,7 +113,7 @@ inline const uint16_t* random_tile(const Origin& origin, int64_t first, int64_t 
 // ---- tiles --------------------------------------------------------------------------------------
 
 // Asks for what comes after a tile of `bytes` at `from`, in an array of which `left` are left from
-// there on.
+// there on. Tiles of many arrays take turns, whatever the rule.
 FUSEDOPT_FN void prefetch_tile(const char* from, int64_t bytes, int64_t left, const void* next) {
   const int64_t distance = bytes_ahead(kMaxStreams, left);
   for (int64_t at = 0; at < bytes; at += 64) prefetch(ahead_of(from, at, left, next, distance));

@@ -33,7 +33,7 @@ def mixed(dense: bool) -> list[Parameter]:
     params = parameters([(6, 3), (5,), (300, 100)])
     index = torch.tensor([[1, 4, 1]])
     # Around it, not as an argument, which torch 2.12 warns of as if it were not there.
-    with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+    with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]  # of torch
         table = torch.sparse_coo_tensor(index, values((3, 3), 7), (6, 3))
     set_gradients(params, 0)
     params[0].grad = table.to_dense() if dense else table

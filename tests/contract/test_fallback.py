@@ -66,7 +66,7 @@ def test_sparse_gradients_fall_back(config: Config) -> None:
         table, dense = parameters([(6, 3), (4,)])
         optimizer = cls([table, dense], lr=0.1, **config.kwargs)
         # Torch's Adagrad warns where nobody has chosen whether to check.
-        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]  # of torch
             for step in range(3):
                 table.grad = sparse([step, 4], step)
                 dense.grad = values((4,), 10 + step)

@@ -148,7 +148,7 @@ def test_a_lightning_module_logs_them(tmp_path: Path) -> None:
             if any(name.startswith("statistics/") for name in metrics):
                 logged.append((step or 0, metrics))
 
-    class Model(LogsStatistics, LightningModule):  # type: ignore[misc]  # nor lightning's
+    class Model(LogsStatistics, LightningModule):  # type: ignore[misc]  # lightning is untyped where mypy runs
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 1)
